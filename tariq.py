@@ -21,8 +21,8 @@ Trust boundaries:
 
 Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root), set-up, command line.
 """
-import argparse, binascii, configparser, hashlib, hmac, io, ipaddress, json, os, pwd, re, select, shlex, signal, socket
-import struct, subprocess, sys, threading, time
+import argparse, binascii, configparser, hashlib, hmac, io, ipaddress, json, os, pwd, queue, re, select, shlex, signal
+import socket, struct, subprocess, sys, threading, time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -56,61 +56,57 @@ def log(text, priority=6):
 
 # ---- config: an INI file in, checked values out ----------------------------------------------------------------------
 
-def checked(pattern, text, need):
-    """The text, where it matches whole. Else ValueError without the text: it may be a secret."""
-    if not re.fullmatch(pattern, text, re.ASCII):
-        raise ValueError(f"needs {need}")
-    return text
-
-
-def secret_of(text):
-    return binascii.a2b_base64(checked("[A-Za-z0-9+/]{43}=", text, "32 random bytes: head -c 32 /dev/urandom | base64"))
-
-
-def fingerprint_of(text):
-    return checked("[0-9A-Fa-f]{40}", text, "a key's fingerprint, 40 hex digits without spaces").upper()
-
-
-def seconds_of(text):
-    return int(checked("[0-9]{1,8}", text, "a whole number of seconds"))
-
-
 def ports_of(text):
-    """'10000,7456,...' -> 5 to 32 unique port numbers, the knock's sequence."""
-    need = "5 to 32 unique port numbers, 1 to 65535, separated by commas"
-    ports = [int(checked("[1-9][0-9]{0,4}", word.strip(), need)) for word in text.split(",")]
-    if not 5 <= len(set(ports)) == len(ports) <= 32 or max(ports) > 65535:
-        raise ValueError(f"needs {need}")
-    return tuple(ports)
-
-
-def port_of(text):
-    """'22' or '22/tcp' -> '22/tcp'; '53/udp' stays; so does '*', which only a pattern of [allow] has a use for."""
-    match = re.fullmatch("([1-9][0-9]{0,4})(/tcp|/udp)?", text, re.ASCII)
-    if text != "*" and not (match and int(match[1]) < 65536):
-        raise ValueError("needs ports as 22, 22/tcp or 53/udp, from 1 to 65535")
-    return match[1] + (match[2] or "/tcp") if match else text
-
-
-def command_of(words):
-    """The words of a request or of an [allow] line, checked: ['O', '22'] -> ['O', '22/tcp']. Raises ValueError."""
-    if len(words) < 2 or words[0] not in ("O", "C", "E") or not all(word.isprintable() for word in words):
-        raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], in printable characters")
-    return words if words[0] == "E" else [words[0], *map(port_of, words[1:])]
+    ports = tuple(int(word) for word in text.split(","))
+    if len(set(ports)) < len(ports) or max(ports) > 65535:
+        raise ValueError
+    return ports
 
 
 def rule_of(text):
-    """A template of one iptables rule -> its words."""
-    words = shlex.split(text)
-    with suppress(LookupError):  # from format, for a field that there is not
-        filled = " ".join(words).format(ip="<ip>", dport="<dport>", until="<until>")
-        if words[0] == "-A" and all(field in filled for field in ("<ip>", "<dport>", "<until>")):
-            return words
-    raise ValueError("needs -A CHAIN first, and {ip}, {dport} and {until}: one address, one port, and an end")
+    filled = text.format(ip="<ip>", dport="<dport>", until="<until>")  # LookupError for a field that there is not
+    if not all(field in filled for field in ("<ip>", "<dport>", "<until>")):
+        raise ValueError
+    return shlex.split(text)
+
+
+def command_of(words):
+    """The words of a request or of a line of [allow], checked: ['O', '22'] -> ['O', '22/tcp']. Raises ValueError."""
+    ports = [re.fullmatch(r"([1-9]\d{0,4})(/tcp|/udp)?|\*", word, re.ASCII) for word in words[1:]]
+    if words[0] not in ("O", "C", "E") or not ports or not all(word.isprintable() for word in words):
+        raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], in printable characters")
+    if words[0] == "E":
+        return words
+    if not all(port and int(port[1] or 1) < 65536 for port in ports):
+        raise ValueError("needs ports as 22, 22/tcp or 53/udp, from 1 to 65535")
+    return [words[0], *(port[1] + (port[2] or "/tcp") if port[1] else "*" for port in ports)]
+
+
+# What a value has to be: a pattern that it matches whole, words for the error, and what makes a Python value of it.
+SYNTAX = {
+    "secret_ports": (r"[1-9]\d{0,4}(\s*,\s*[1-9]\d{0,4}){4,31}", "5 to 32 unique ports, 1 to 65535, with commas", ports_of),
+    "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64", binascii.a2b_base64),
+    "server_key": (r"[0-9A-Fa-f]{40}", "the server key's fingerprint, 40 hex digits without spaces", str.upper),
+    "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
+    "command_timeout": (r"\d{1,3}", "a whole number of seconds, below 1000", int),
+    "open_tcp_port": (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of),
+    "open_udp_port": (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of),
+    "[allow]": (r"[^\0]*", "lines of O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...]",
+                lambda text: [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]),
+}
+
+
+def parse(key, text):
+    """The value of a key. Raises ValueError, which does not quote the text: it may be a secret."""
+    pattern, need, convert = SYNTAX.get(key, (".*", "one line", str))
+    with suppress(ValueError, LookupError):
+        if re.fullmatch(pattern, text, re.ASCII):
+            return convert(text)
+    raise ValueError(f"needs {need}")
 
 
 class Config:
-    """One INI file with a secret in it. Raises Fault for each way in which it is unusable, without quoting its text."""
+    """One INI file with a secret in it. Raises Fault for each way in which it is unusable."""
 
     def __init__(self, path):
         usual = [os.path.expanduser("~/.config/tariq/tariq.conf"), "/etc/tariq/tariq.conf"]
@@ -122,20 +118,20 @@ class Config:
                 status = os.fstat(file.fileno())
                 self.text = file.read()
             self.ini.read_string(self.text)
-        except (OSError, ValueError, configparser.Error) as error:
-            line = getattr(error, "lineno", None) or getattr(error, "errors", [[""]])[0][0]
-            raise Fault(CONFIG, f"{self.path}: {getattr(error, 'strerror', None) or f'line {line}: no INI file'}: give one "
+        except (OSError, ValueError, configparser.Error) as error:  # only the line's number: its text may be a secret
+            line = getattr(error, "lineno", None) or getattr(error, "errors", [["?"]])[0][0]
+            raise Fault(CONFIG, f"{self.path}: {getattr(error, 'strerror', None) or f'line {line} is not INI'}: give a config "
                                 "with -c, or make one (server: tariq.py init; client: tariq.py keygen)") from None
         if status.st_mode & 0o077 or os.geteuid() and status.st_uid not in (0, os.geteuid()):
             raise Fault(CONFIG, f"{self.path}: others can read its secret or change it: chmod 600 {self.path}")
 
-    def get(self, sections, key, parse=str, default=None):
-        """The first value that one of the sections has for the key, parsed."""
+    def get(self, key, *sections, default=None, syntax=None):
+        """The first value that one of the sections has for a key, parsed."""
         for section in sections:
             text = self.ini.get(section, key, fallback="").strip()
             if text:
                 try:
-                    return parse(text)
+                    return parse(syntax or key, text)
                 except ValueError as error:
                     raise Fault(CONFIG, f"{self.path}: [{section}] {key}: {error}") from None
         if default is None:
@@ -143,10 +139,9 @@ class Config:
         return default
 
     def allowed(self):
-        """[allow] as {user: [pattern, ...]}."""
-        users = self.ini["allow"] if self.ini.has_section("allow") else {}
-        return {user: self.get(["allow"], user, lambda text: [command_of(shlex.split(line)) for line in text.splitlines()], [])
-                for user in users}
+        """{user: [pattern, ...]}, of which nothing is allowed that is not there."""
+        users = self.ini["allow"] if self.ini.has_section("allow") else ()
+        return {user: self.get(user, "allow", default=[], syntax="[allow]") for user in users}
 
 
 # ---- OpenPGP: bytes in, sealed bytes out, and back; as the keyring's owner -------------------------------------------
@@ -219,7 +214,7 @@ class Keyring:
         once = all(said.count(word) == 1 for word in ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG"))
         if not once or {"BADSIG", "ERRSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "DECRYPTION_FAILED"}.intersection(said):
             raise Fault(BAD_DATA, "not one encrypted message with one valid signature")
-        return fingerprint_of(lines[said.index("VALIDSIG")][-1]), plain
+        return parse("server_key", lines[said.index("VALIDSIG")][-1]), plain
 
     def keys(self, *command, data=b""):
         """[(fingerprint, user ids)] of the keys that a gpg command lists (GnuPG doc/DETAILS, colon format)."""
@@ -517,25 +512,25 @@ def cmd_knock(options):
 
     try:
         command = command_of([options.action, *options.words])
-        ports = options.ports and ports_of(options.ports)
+        ports = options.ports and parse("secret_ports", options.ports)
     except ValueError as error:
         raise Fault(USAGE, str(error)) from None
     config, own = Config(options.config), (options.host, "client")
-    ports = ports or config.get(own, "secret_ports", ports_of)
-    key, count, server = derive_key(config.get(own, "secret", secret_of), ports), len(ports), config.get(own, "server_key", fingerprint_of)
-    user = options.user or config.get(own, "user")
+    ports, secret = ports or config.get("secret_ports", *own), config.get("secret", *own)
+    key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *own)
+    user = options.user or config.get("user", *own)
     user = user if re.fullmatch("[0-9A-Fa-f]{40}", user) else f"<{user}>"  # gpg: exactly this email
-    ring = Keyring(options.gpg_dir or config.get(own, "client_gpg_dir", default="~/.config/tariq/gpg"))
-    transport = open_transport(config.get(own, "host", default=options.host), options.family, options.transport, ports)
+    ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *own, default="~/.config/tariq/gpg"))
+    covers = config.get("img_dir", *own, default="") if options.img_dir is None else options.img_dir
+    transport = open_transport(config.get("host", *own, default=options.host), options.family, options.transport, ports)
     address = "" if any(ipaddress.ip_address(transport.own) in network for network in TRANSLATED) else transport.own
 
     request = json.dumps({"to": server, "cmd": command, "ip": address}, ensure_ascii=False, separators=(",", ":"))
-    png = hide(cover_image(config.get(own, "img_dir", default="") if options.img_dir is None else options.img_dir), request.encode())
-    sealed, knock_id = ring.seal(png, user, server), os.urandom(ID)
+    sealed, knock_id = ring.seal(hide(cover_image(covers), request.encode()), user, server), os.urandom(ID)
     size = -(-len(sealed) // count)
     if NONCE + TAG + ID + size > FRAGMENT_MAX:
         raise Fault(CONFIG, f"{len(sealed)} bytes do not fit {count} packets: use more secret_ports, or smaller keys")
-    step(f"request hidden in a PNG of {len(png)} bytes, sealed for {server}: {len(sealed)} bytes")
+    step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
 
     def send_knock():
         transport.knock([frame(key, fragment_label(position, count), knock_id + sealed[position * size:(position + 1) * size])
@@ -587,8 +582,8 @@ def cmd_knock(options):
 SEEN_MAX = 65536  # nonces remembered: three minutes of frames at 360 a second; the oldest goes first
 KNOCKS_MAX, KNOCKS_EACH = 256, 16  # knocks under way in all, and from one address (IPv6: one /64)
 ANSWER_TIME = 30  # seconds from a challenge to its answer
-EVICTED = ("done", "collecting", "working", "challenged", "asked")  # when there are too many: these first, oldest first
-WORKERS = 2  # threads that wait for gpg
+EVICTED = ("refused", "done", "collecting", "working", "challenged", "asked")  # when there are too many: these first, oldest first
+WORKERS, WORKERS_EACH = 4, 2  # threads that wait for gpg, in all and for new knocks from one address
 RECEIVE_BUFFER = 64 << 20  # bytes: a third of a second of packets at 100,000 a second
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 RESULT_LEAST = 160  # bytes that every result may have, also where RSA-4096 leaves little of a packet
@@ -619,16 +614,17 @@ def packet_socket(scapy, interface, bpf):
 
 
 class Knock:
-    """A knock under way. state: collecting -> working -> challenged -> asked -> done. todo: a worker is wanted."""
+    """A knock under way. Its state goes collecting -> working -> challenged -> asked -> done, or from working to refused; each
+    step is made by one thread alone, which has all else in place before: the loop, a worker, the reader of results."""
 
     def __init__(self, knock_id, owner):
-        self.id, self.owner, self.pieces, self.state, self.todo, self.complaint = knock_id, owner, {}, "collecting", False, ""
-        self.segment = self.address = self.nonce = self.signer = self.command = self.result = self.sealed = None
+        self.id, self.owner, self.pieces, self.state, self.queued = knock_id, owner, {}, "collecting", False
+        self.segment = self.address = self.nonce = self.signer = self.command = self.challenge = self.plain = self.result = None
 
 
 class Listener:
-    """Gate, reassembly and dialogue. The table of knocks is bounded and is also the queue of gpg work, so nothing grows,
-    and who floods it (that takes the secret) pushes out no other address's knocks but by owning hundreds of addresses."""
+    """Gate, reassembly and dialogue. All its memory is bounded, and so is one address's share of it and of the workers: who
+    has the secret and floods, stands in the own way only."""
 
     def __init__(self, settings, ring, scapy, sock, link_header, channel):
         self.settings, self.ring, self.scapy, self.sock, self.ip, self.channel = settings, ring, scapy, sock, link_header, channel
@@ -636,7 +632,7 @@ class Listener:
         self.last, self.labels = count - 1, [fragment_label(position, count) for position in range(count)] + [b"answer"]
         self.positions = {port.to_bytes(2, "big"): position for position, port in enumerate(settings.ports)}
         self.taggers = [tagger(settings.key, label) for label in self.labels]
-        self.seen, self.knocks, self.changed = {}, {}, threading.Condition()
+        self.seen, self.knocks, self.jobs = {}, {}, queue.SimpleQueue()
 
     # ==== unauthenticated bytes: from here ====
     def gate(self, packet):
@@ -663,8 +659,8 @@ class Listener:
     # ==== to here. The sender of what passed has the secret; who it is, gpg says. ====
 
     def run(self):
-        for job in [self.take_results] + [self.work] * WORKERS:
-            threading.Thread(target=job, daemon=True).start()
+        for target in [self.take_results] + [self.work] * WORKERS:
+            threading.Thread(target=target, daemon=True).start()
         down = False
         while True:
             try:
@@ -681,26 +677,30 @@ class Listener:
                 first, length = (8, 16) if packet[self.ip] >> 4 == 6 else (12, 4)
                 address = packet[self.ip + first:self.ip + first + length]
                 handle = self.on_answer if position > self.last else self.on_fragment
-                with self.changed:
-                    handle(data[:ID], data[ID:], position, address, (packet[:start], end - start))
+                handle(data[:ID], data[ID:], position, address, (packet[:start], end - start))
 
     def on_fragment(self, knock_id, piece, position, address, segment):
-        if knock_id not in self.knocks:
-            crowd = [other for other in self.knocks.values() if other.owner == address[:8]]
-            if len(crowd) < KNOCKS_EACH:
-                crowd = list(self.knocks.values()) if len(self.knocks) >= KNOCKS_MAX else []
-            if crowd:
-                del self.knocks[min(crowd, key=lambda other: EVICTED.index(other.state)).id]
-            self.knocks[knock_id] = Knock(knock_id, address[:8])
-        knock = self.knocks[knock_id]
+        knock = self.knocks.get(knock_id) or self.new_knock(knock_id, address[:8])
         if position == self.last and (knock.state in ("collecting", "working") or address == knock.address):
             knock.segment, knock.address = segment, address  # the address that counts is the last fragment's
         if knock.state == "collecting":
             knock.pieces[position] = piece
-            knock.todo = len(knock.pieces) > self.last
+            at_work = [other for other in self.knocks.values() if other.state == "working" and other.owner == knock.owner]
+            if len(knock.pieces) > self.last and len(at_work) < WORKERS_EACH:
+                knock.state = "working"
+                self.queue(knock)
         elif knock.state == "challenged" and position == self.last:
-            knock.todo = True
-        self.changed.notify()
+            self.queue(knock)
+
+    def new_knock(self, knock_id, owner):
+        """A knock in the table; where that is full, or the owner's share of it, in place of the one that is missed least."""
+        crowd = [other for other in self.knocks.values() if other.owner == owner]
+        if len(crowd) < KNOCKS_EACH:
+            crowd = list(self.knocks.values()) if len(self.knocks) >= KNOCKS_MAX else []
+        if crowd:
+            del self.knocks[min(crowd, key=lambda other: EVICTED.index(other.state)).id]
+        knock = self.knocks[knock_id] = Knock(knock_id, owner)
+        return knock
 
     def on_answer(self, knock_id, proof, _, address, segment):
         knock = self.knocks.get(knock_id)
@@ -709,8 +709,7 @@ class Listener:
             return
         knock.segment = segment
         if knock.state == "done":
-            knock.todo = True
-            self.changed.notify()
+            self.queue(knock)
         elif knock.state == "challenged" and time.monotonic() < knock.deadline:
             knock.state = "asked"
             self.channel.send(json.dumps({"id": knock_id.hex(), "signer": knock.signer, "command": knock.command,
@@ -719,41 +718,33 @@ class Listener:
     def take_results(self):
         """From the monitor; when that is gone, the listener goes too."""
         while message := self.channel.recv(MESSAGE_MAX):
-            with self.changed:
-                if knock := self.knocks.get(message[:ID]):
-                    knock.state, knock.result, knock.sealed, knock.todo = "done", message, None, True
-                    self.changed.notify()
+            if knock := self.knocks.get(message[:ID]):
+                knock.plain, knock.state = message, "done"
+                self.queue(knock)
         os._exit(0)
 
-    def next_job(self):
-        """A knock that wants a worker: results before new knocks, then the oldest."""
-        return min((knock for knock in self.knocks.values() if knock.todo), key=lambda knock: knock.state != "done", default=None)
+    def queue(self, knock):
+        if not knock.queued:  # once, so that the table bounds the queue
+            knock.queued = True
+            self.jobs.put(knock)
 
     def work(self):
         """One of the threads that wait for gpg."""
         while True:
-            with self.changed:
-                knock = self.changed.wait_for(self.next_job)
-                knock.todo, knock.state = False, "working" if knock.state == "collecting" else knock.state
+            knock = self.jobs.get()
+            knock.queued = False
             try:
                 if knock.state == "working":
-                    self.challenge(knock)
-                elif knock.sealed is None:
-                    room = max(RESULT_LEAST, FRAGMENT_MAX - NONCE - TAG - knock.overhead)
-                    cut = b"\n[cut to one packet]\n"
-                    plain = knock.result if len(knock.result) <= room else knock.result[:room - len(cut)] + cut
-                    knock.sealed = self.ring.seal(plain, self.settings.own, knock.signer)
+                    self.open(knock)
+                elif knock.state == "done" and knock.result is None:
+                    self.seal_result(knock)
                 self.reply(knock)
             except Exception as error:  # whatever becomes of one knock, the next is served
-                complaint = str(error) if isinstance(error, (Fault, OSError)) else type(error).__name__
-                with self.changed:
-                    if knock.state == "working":
-                        knock.pieces, knock.state = {}, "collecting"  # a fault may be gone when the client repeats itself
-                if complaint != knock.complaint:
-                    log(f"{ipaddress.ip_address(knock.address)}: knock refused: {complaint}", 4)
-                    knock.complaint = complaint
+                reason = error if isinstance(error, (Fault, OSError)) else type(error).__name__
+                log(f"{ipaddress.ip_address(knock.address)}: knock refused: {reason}", 4)
+                knock.state = "refused" if knock.state == "working" else knock.state
 
-    def challenge(self, knock):
+    def open(self, knock):
         """Unseal a whole knock, and seal the challenge for who signed it. Raises Fault."""
         own, address = self.settings.own, knock.address
         seen = str(ipaddress.ip_address(address))
@@ -761,33 +752,37 @@ class Listener:
         try:
             request = json.loads(reveal(png))
             to, command, claimed = request["to"], command_of(request["cmd"]), request["ip"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Fault(BAD_DATA, f"{signer} signed what is not a request") from None
         if to != own:
             raise Fault(BAD_DATA, f"{signer} asked another server for this: {str(to)[:40]}")
         if claimed not in ("", seen):
             log(f"{seen}: {signer} has the address {str(claimed)[:40]}: its knock is relayed, or translated on the way", 4)
-        nonce, patience = os.urandom(32), min(255, self.settings.patience if command[0] == "E" else 0)
-        plain = knock.id + nonce + bytes([patience]) + seen.encode()
-        sealed = self.ring.seal(plain, own, signer)
-        with self.changed:
-            knock.signer, knock.command, knock.nonce, knock.sealed, knock.address = signer, command, nonce, sealed, address
-            knock.overhead, knock.pieces, knock.state = len(sealed) - len(plain), {}, "challenged"
-            knock.deadline = time.monotonic() + ANSWER_TIME
+        patience = min(255, self.settings.patience if command[0] == "E" else 0)
+        knock.signer, knock.command, knock.address, knock.nonce, knock.pieces = signer, command, address, os.urandom(32), {}
+        plain = knock.id + knock.nonce + bytes([patience]) + seen.encode()
+        knock.challenge = self.ring.seal(plain, own, signer)
+        knock.room = max(RESULT_LEAST, FRAGMENT_MAX - NONCE - TAG - len(knock.challenge) + len(plain))
+        knock.deadline, knock.state = time.monotonic() + ANSWER_TIME, "challenged"
+
+    def seal_result(self, knock):
+        """Seal what the monitor said, cut to what one packet takes."""
+        cut = b"\n[cut to one packet]\n"
+        plain = knock.plain if len(knock.plain) <= knock.room else knock.plain[:knock.room - len(cut)] + cut
+        knock.result = self.ring.seal(plain, self.settings.own, knock.signer)
 
     def reply(self, knock):
         """One crafted segment to where the knock's last segment came from, by the same interface and link address."""
         headers, size = knock.segment
-        payload = frame(self.settings.key, b"result" if knock.state == "done" else b"challenge", knock.sealed)
+        payload = frame(self.settings.key, b"result" if knock.result else b"challenge", knock.result or knock.challenge)
         if len(payload) > REPLY_MAX:
             raise Fault(BAD_DATA, "the client's key is too large for a reply of one packet: RSA-4096 at most")
-        IP = self.scapy.IPv6 if headers[self.ip] >> 4 == 6 else self.scapy.IP
-        ip, TCP = IP(headers[self.ip:]), self.scapy.TCP
-        tcp, syn = ip[TCP], int(ip[TCP].flags) >> 1 & 1
-        seq = int.from_bytes(os.urandom(4), "big") if syn else tcp.ack
-        packet = IP(src=ip.dst, dst=ip.src) / TCP(
-            sport=tcp.dport, dport=tcp.sport, flags="SA" if syn else "PA", window=64240, seq=seq, ack=(tcp.seq + syn + size) % 2**32,
-            options=[("MSS", 1400)] if syn else []) / payload
+        IP, TCP = self.scapy.IPv6 if headers[self.ip] >> 4 == 6 else self.scapy.IP, self.scapy.TCP
+        ip = IP(headers[self.ip:])
+        tcp, syn = ip[TCP], bool(ip[TCP].flags & 2)
+        seq, ack = int.from_bytes(os.urandom(4), "big") if syn else tcp.ack, (tcp.seq + syn + size) % 2**32
+        packet = IP(src=ip.dst, dst=ip.src) / TCP(sport=tcp.dport, dport=tcp.sport, flags="SA" if syn else "PA", seq=seq, ack=ack,
+                                                  window=64240, options=[("MSS", 1400)] if syn else []) / payload
         if self.ip:
             link = self.scapy.Ether(headers)
             packet = self.scapy.Ether(src=link.dst, dst=link.src) / packet
@@ -857,29 +852,29 @@ class Monitor:
     def __init__(self, path, scapy):
         self.path, self.scapy, self.doors, self.running, self.channel = path, scapy, {}, set(), None
         self.load()
+        self.read_at = os.stat(self.path).st_mtime_ns  # None after SIGHUP
 
     def load(self):
         """Read and check the config. Raises Fault, and changes nothing then."""
-        config, server = Config(self.path), ["server"]
-        chain = config.get(server, "iptables_chain", default="tariq")
-        rules = {protocol: config.get(server, f"open_{protocol}_port", rule_of, rule_of(
+        config = Config(self.path)
+        chain = config.get("iptables_chain", "server", default="tariq")
+        rules = {protocol: config.get(f"open_{protocol}_port", "server", default=shlex.split(
             f"-A {chain} -s {{ip}} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {{dport}} "
             "-m time --datestop {until} -j ACCEPT")) for protocol in ("tcp", "udp")}
         if {rule[1] for rule in rules.values()} != {chain}:
             raise Fault(CONFIG, f"{config.path}: [server] open_tcp_port and open_udp_port need -A {chain}: the iptables_chain")
-        ring, ports = Keyring(config.get(server, "server_gpg_dir")), config.get(server, "secret_ports", ports_of)
-        own = ring.find(config.get(server, "server_user"), ring.keys("--list-secret-keys"))
+        ring, ports = Keyring(config.get("server_gpg_dir", "server")), config.get("secret_ports", "server")
+        own = ring.find(config.get("server_user", "server"), ring.keys("--list-secret-keys"))
         keys, users = ring.keys("--list-keys"), {}
         for user, patterns in config.allowed().items():
             users.setdefault(ring.find(user, keys), (user, []))[1].extend(patterns)
-        timeout = config.get(server, "command_timeout", seconds_of, 30)
-        route = self.scapy.conf.route.route("0.0.0.0")[0]
-        settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get(server, "secret", secret_of), ports),
-                                   interface=config.get(server, "interface", str, route), patience=timeout)
+        timeout = config.get("command_timeout", "server", default=30)
+        interface = config.get("interface", "server", default=self.scapy.conf.route.route("0.0.0.0")[0])
+        settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get("secret", "server"), ports),
+                                   interface=interface, patience=timeout)
         ring.seal(b"", own, own)  # the key signs, and gpg-agent is up before the first knock
-        self.open_timeout, self.command_timeout = config.get(server, "open_timeout", seconds_of, 3600), timeout
+        self.open_timeout, self.command_timeout = config.get("open_timeout", "server", default=3600), timeout
         self.path, self.chain, self.rules, self.users, self.ring, self.settings = config.path, chain, rules, users, ring, settings
-        self.read_at = os.stat(config.path).st_mtime_ns
 
     def prepare_firewall(self):
         """An empty chain that INPUT jumps to, the rule templates tried, and warnings where INPUT hides nothing."""
@@ -944,13 +939,13 @@ class Monitor:
         try:
             request = json.loads(message)
             knock_id, ip = bytes.fromhex(request["id"]), str(ipaddress.ip_address(request["ip"]))
-            signer, command = fingerprint_of(request["signer"]), command_of(request["command"])
+            signer, command = parse("server_key", request["signer"]), command_of(request["command"])
             if len(knock_id) != ID or "%" in ip:
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return log("a malformed message from the listener: is it still itself?", 3)
-        if signer not in self.users and os.stat(self.path).st_mtime_ns != self.read_at:
-            self.reload()  # somebody was enrolled
+        if signer not in self.users:
+            self.reload()  # somebody may have been enrolled
         user, patterns = self.users.get(signer, (signer, []))
         event = f"{user} {ip} {shlex.join(command)}"
         if not permitted(patterns, command):
@@ -1020,7 +1015,6 @@ class Monitor:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                signal.set_wakeup_fd(-1)
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                     signal.signal(number, signal.SIG_IGN)  # it ends when the monitor closes the channel
                 for descriptor in range(3, 256):
@@ -1045,19 +1039,17 @@ class Monitor:
             self.channel = None
 
     def reload(self):
+        """Read the config again if it has changed, or if SIGHUP asks for it."""
         try:
-            self.load()
-            log(f"{self.path}: read again, {len(self.users)} users")
+            if self.read_at != os.stat(self.path).st_mtime_ns:
+                self.read_at = os.stat(self.path).st_mtime_ns
+                self.load()
+                log(f"{self.path}: read again, {len(self.users)} users")
         except (Fault, OSError) as fault:
-            log(f"{fault}: the config in force stays the old one", 3)
+            log(f"{fault}: the old config stays in force", 3)
 
     def serve(self):
-        """Until SIGTERM or SIGINT: the listener's messages, expired doors, SIGHUP, and an interface that comes and goes."""
-        signals, wake = socket.socketpair()
-        wake.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)  # its number arrives in `signals`
+        """Until a signal ends it: the listener's messages, expired doors, and an interface that comes and goes."""
         listening = None
         while True:
             try:
@@ -1072,16 +1064,15 @@ class Monitor:
                 if listening != error.errno:
                     log(f"{self.settings.interface}: {error.strerror}: waiting for the interface", 4)
                 listening = error.errno
-            for source in select.select([signals, self.channel or signals], [], [], 1)[0]:
-                message = source.recv(MESSAGE_MAX)
-                if source is signals and {signal.SIGINT, signal.SIGTERM}.intersection(message):
-                    return
-                if source is signals:
-                    self.reload()
-                elif not message:
+            if self.channel is None:
+                time.sleep(1)
+            elif select.select([self.channel], [], [], 1)[0]:
+                message = self.channel.recv(MESSAGE_MAX)
+                if not message:
                     raise Fault(DIED, "the listener died: every door is closed")
-                else:
-                    self.handle(message)
+                self.handle(message)
+            if self.read_at is None:
+                self.reload()
             self.close_expired()
 
 
@@ -1092,19 +1083,23 @@ def need_root():
 
 
 def cmd_server(options):
-    """Serve until SIGTERM or SIGINT; the chain is empty before and after."""
+    """Serve until SIGTERM or SIGINT; the chain is empty before and after. SIGHUP reads the config again."""
     need_root()
-    import PIL.PngImagePlugin  # imported here, before the fork: no knock waits for it
+    import PIL.PngImagePlugin  # before the fork: no knock waits for it
     monitor = Monitor(options.config, load_scapy())
     if not monitor.ring.run_as:
         log(f"the listener will run as root: useradd --system tariq; chown -R tariq: {monitor.ring.home}", 4)
     monitor.prepare_firewall()
+    signal.signal(signal.SIGHUP, lambda *_: setattr(monitor, "read_at", None))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))  # wherever it strikes, what follows is a flush of the whole chain
     try:
         monitor.serve()
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         monitor.close_all()
         monitor.stop_listener()
-    return 0
 
 
 # ---- set-up: once, by hand; says on stderr what it did, file by file -------------------------------------------------
@@ -1164,11 +1159,11 @@ def cmd_init(options):
         write_private(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}server_gpg_dir = {home}\n"
                             f"server_user = tariq@{socket.gethostname()}\n\n[allow]\n")
     config = Config(path)
-    home = config.get(["server"], "server_gpg_dir")
+    home = config.get("server_gpg_dir", "server")
     if not os.path.isdir(home):
         make_directory(home, 0o700)
         os.chown(home, owner.pw_uid, owner.pw_gid)
-    log(f"the server's key is {make_key(Keyring(home), config.get(['server'], 'server_user'))}; settings are in {path}")
+    log(f"the server's key is {make_key(Keyring(home), config.get('server_user', 'server'))}; settings are in {path}")
     return 0
 
 
@@ -1178,7 +1173,7 @@ def cmd_keygen(options):
     make_directory(os.path.dirname(path), 0o700)
     if not os.path.exists(path):
         write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {os.path.dirname(path)}/gpg\n")
-    home = os.path.expanduser(Config(path).get(["client"], "client_gpg_dir", str, "~/.config/tariq/gpg"))
+    home = os.path.expanduser(Config(path).get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
     make_directory(home, 0o700)
     ring = Keyring(home)
     sys.stdout.buffer.write(ring.gpg("--armor", "--export", make_key(ring, options.user))[0])
@@ -1188,13 +1183,13 @@ def cmd_keygen(options):
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
-    config, server = Config(options.config), ["server"]
+    config = Config(options.config)
     try:
         lines = [shlex.join(command_of(shlex.split(line))) for line in options.allow or ["O 22"]]
     except ValueError as error:
         raise Fault(USAGE, f"--allow {error}") from None
-    ring = Keyring(config.get(server, "server_gpg_dir"))
-    own = ring.find(config.get(server, "server_user"), ring.keys("--list-secret-keys"))
+    ring = Keyring(config.get("server_gpg_dir", "server"))
+    own = ring.find(config.get("server_user", "server"), ring.keys("--list-secret-keys"))
     client, names = import_key(ring, sys.stdin.buffer.read(GPG_INPUT))
     if client in [ring.find(user, ring.keys("--list-keys")) for user in config.allowed()]:
         log(f"{config.path}: {client} is in [allow] already: nothing changed")
@@ -1204,7 +1199,7 @@ def cmd_enroll(options):
         write_private(config.path, f"{before}\n[allow]\n{client} =  # {printable(' '.join(names))}\n{entry}{after}")
         log(f"{config.path}: {client} may {'; '.join(lines)}")
     print(f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
-          f"secret_ports = {config.get(server, 'secret_ports')}\nsecret = {config.get(server, 'secret')}\nserver_key = {own}\n"
+          f"secret_ports = {config.ini['server']['secret_ports']}\nsecret = {config.ini['server']['secret']}\nserver_key = {own}\n"
           + ring.gpg("--armor", "--export", own)[0].decode(), end="")
     return 0
 
@@ -1216,17 +1211,17 @@ def cmd_join(options):
     try:
         profile.read_string(text)
         given = dict(profile["profile"])
-        server = ports_of(given["secret_ports"]) and secret_of(given["secret"]) and fingerprint_of(given["server_key"])
+        _, _, server = (parse(name, given[name]) for name in ("secret_ports", "secret", "server_key"))
     except (configparser.Error, KeyError, ValueError):
         raise Fault(BAD_DATA, "no profile on stdin: tariq.py enroll prints it; did ssh or enroll fail?") from None
     config = Config(options.config)
-    ring = Keyring(config.get(["client"], "client_gpg_dir", str, "~/.config/tariq/gpg"))
+    ring = Keyring(config.get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
     if import_key(ring, (begin + key).encode())[0] != server:
         raise Fault(BAD_DATA, "the profile's key is not its server_key")
     settings = "".join(f"{name} = {given[name]}\n" for name in ("secret_ports", "secret", "server_key"))
     if not config.ini.has_section(options.host):
-        write_private(config.path, f"{config.text.rstrip()}\n\n[{checked('[^][ ]+', options.host, 'a host name')}]\n{settings}")
-    elif any(config.get([options.host], name, str, "") != given[name] for name in given):
+        write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
+    elif any(config.ini[options.host].get(name) != given[name] for name in given):
         raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: take it out first, then join again")
     log(f"{config.path}: [{options.host}] is known by its key {server}")
     return 0
