@@ -231,12 +231,15 @@ class Keyring:
 
     def find(self, user, keys):
         """The fingerprint of the one key whose fingerprint, user id or email is exactly this. Raises Fault."""
-        found = [key for key, users in keys if user.upper() == key or user in users
-                 or any(name.endswith(f"<{user}>") for name in users)]
+        found = [key for key, names in keys if named(user, key, names)]
         if len(found) != 1:
             raise Fault(CONFIG, f"{user} matches {len(found)} keys in {self.home}, not one: "
                                 + ("name one by its fingerprint" if found else "import or make its key"))
         return found[0]
+
+
+def named(user, key, names):
+    return user.upper() == key or user in names or any(name.endswith(f"<{user}>") for name in names)
 
 
 def ask_passphrase():
@@ -867,7 +870,8 @@ class Monitor:
         own = ring.find(config.get("server_user", "server"), ring.keys("--list-secret-keys"))
         keys, users = ring.keys("--list-keys"), {}
         for user, patterns in config.allowed().items():
-            users.setdefault(ring.find(user, keys), (user, []))[1].extend(patterns)
+            key = ring.find(user, keys)
+            users.setdefault(key, (" ".join(dict(keys)[key]) or key, []))[1].extend(patterns)
         timeout = config.get("command_timeout", "server", default=30)
         interface = config.get("interface", "server", default=self.scapy.conf.route.route("0.0.0.0")[0])
         settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get("secret", "server"), ports),
@@ -905,18 +909,24 @@ class Monitor:
         if len(self.doors) >= DOORS_MAX and (ip, port) not in self.doors:
             raise Fault(SYSTEM, f"{DOORS_MAX} doors are open: no more until one closes")
         rule, (old, _) = self.rule(ip, port, until), self.doors.get((ip, port), (None, 0))
-        if rule != old:
-            iptables(ip, *rule)
-            self.doors[ip, port] = rule, time.monotonic() + self.open_timeout if until < FOREVER else float("inf")
-            if old:
-                iptables(ip, "-D", *old[1:])
+        iptables(ip, *rule)
+        self.doors[ip, port] = rule, time.monotonic() + self.open_timeout if until < FOREVER else float("inf")
+        if old:
+            self.remove(ip, old)
         return until
 
     def close(self, ip, port):
         """Whether the door was open; it is closed now. Raises Fault, and keeps the door in mind then."""
         if (ip, port) in self.doors:
-            iptables(ip, "-D", *self.doors[ip, port][0][1:])
+            self.remove(ip, self.doors[ip, port][0])
         return bool(self.doors.pop((ip, port), None))
+
+    def remove(self, ip, rule):
+        try:
+            iptables(ip, "-D", *rule[1:])
+        except Fault as fault:
+            if "does a matching rule exist" not in str(fault):  # if it does not, somebody flushed the chain: closed is closed
+                raise
 
     def close_expired(self):
         """Take out rules that the kernel has closed already, unless the wall clock was put back: monotonic time decides."""
@@ -938,7 +948,7 @@ class Monitor:
         """One message of the listener, of which nothing is believed: who may do what is looked up here."""
         try:
             request = json.loads(message)
-            knock_id, ip = bytes.fromhex(request["id"]), str(ipaddress.ip_address(request["ip"]))
+            knock_id, ip = bytes.fromhex(request["id"]), str(ipaddress.ip_address(str(request["ip"])))
             signer, command = parse("server_key", request["signer"]), command_of(request["command"])
             if len(knock_id) != ID or "%" in ip:
                 raise ValueError
@@ -1191,7 +1201,7 @@ def cmd_enroll(options):
     ring = Keyring(config.get("server_gpg_dir", "server"))
     own = ring.find(config.get("server_user", "server"), ring.keys("--list-secret-keys"))
     client, names = import_key(ring, sys.stdin.buffer.read(GPG_INPUT))
-    if client in [ring.find(user, ring.keys("--list-keys")) for user in config.allowed()]:
+    if any(named(user, client, names) for user in config.allowed()):
         log(f"{config.path}: {client} is in [allow] already: nothing changed")
     else:
         entry = "".join(f"    {line}\n" for line in lines)

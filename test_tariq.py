@@ -13,6 +13,8 @@ import importlib.util
 import itertools
 import os
 import pwd
+import random
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 TARIQ = HERE / "tariq.py"
@@ -168,7 +171,9 @@ def make_server(lab, host, directory="server", **settings):
         lab.undo.callback(sh, "userdel", "tariq", check=False)
     settings.setdefault("interface", "eth0")
     text = path.read_text()
-    path.write_text(text.replace("[server]\n", "[server]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())))
+    for key, value in settings.items():
+        text = re.sub(rf"(?m)^{key} = .*\n", "", text).replace("[server]\n", f"[server]\n{key} = {value}\n")
+    path.write_text(text)
     return path
 
 
@@ -196,11 +201,11 @@ def make_client(lab, client, server, server_conf, user="me@laptop", allow=("O 22
 class Server:
     """A running `tariq.py server`, with its log."""
 
-    def __init__(self, lab, host, conf, prefix=()):
+    def __init__(self, lab, host, conf, program="tariq.py"):
         self.lab, self.host, self.conf = lab, host, conf
         self.path = lab.dir / f"server-{next(lab.count)}.log"
         with open(self.path, "w") as file:
-            self.process = host.popen(*prefix, *PYTHON, lab.dir / "tariq.py", "server", "-c", conf, stdin=subprocess.DEVNULL,
+            self.process = host.popen(*PYTHON, lab.dir / program, "server", "-c", conf, stdin=subprocess.DEVNULL,
                                       stdout=file, stderr=file)
         lab.undo.callback(self.kill)
 
@@ -212,7 +217,7 @@ class Server:
         end = time.monotonic() + timeout
         while self.log.count(text) < count:
             if time.monotonic() > end:
-                raise AssertionError(f"{text!r} ({count}) is not in the log:\n{self.log}")
+                raise AssertionError(f"{text!r} ({count}) is not in the log:\n{self.log[-3000:]}")
             time.sleep(0.02)
         return self
 
@@ -229,4 +234,1259 @@ class Server:
     def listener(self):
         """The listener's pid."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"tariq.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return next(int(pid) for pid in children if b"server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+# ---- tools that run inside a host ----------------------------------------------------------------------------------
+
+SNIFF = r"""
+# Record every TCP frame of an interface: 2 bytes of length, the frame.
+import socket, sys
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3 << 8)
+sock.bind((sys.argv[1], 3))
+sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE: a capture that misses packets proves nothing
+with open(sys.argv[2], "wb", buffering=0) as file:
+    print("ready", flush=True)
+    while True:
+        frame = sock.recv(65535)
+        tcp = frame[12:14] == b"\x08\x00" and frame[23] == 6 or frame[12:14] == b"\x86\xdd" and frame[20] == 6
+        if tcp:
+            file.write(len(frame).to_bytes(2, "big") + frame)
+"""
+
+INJECT = r"""
+# Send the frames of a recording, as often as asked.
+import socket, sys
+data, frames = open(sys.argv[2], "rb").read(), []
+while data:
+    size = int.from_bytes(data[:2], "big")
+    frames.append(data[2:2 + size])
+    data = data[2 + size:]
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+sock.bind((sys.argv[1], 0))
+for _ in range(int(sys.argv[3])):
+    for frame in frames:
+        sock.send(frame)
+"""
+
+# Runs a changed client: argv[1] is tariq.py, argv[2] Python that changes its module `tariq`, the rest its command line.
+CHANGED = r"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("tariq", sys.argv[1])
+tariq = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tariq)
+exec(sys.argv[2])
+sys.argv = sys.argv[:1] + sys.argv[3:]
+sys.exit(tariq.main())
+"""
+
+
+class Capture:
+    """What passes an interface of a host, from now on, as raw frames."""
+
+    def __init__(self, host, interface="eth0"):
+        self.path = host.lab.dir / f"capture-{next(host.lab.count)}"
+        self.process = host.popen(sys.executable, "-c", SNIFF, interface, self.path, stdout=subprocess.PIPE)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def frames(self):
+        time.sleep(0.1)  # the last packets are on their way through the veth pair
+        data, frames = self.path.read_bytes(), []
+        while data:
+            size = int.from_bytes(data[:2], "big")
+            frames.append(data[2:2 + size])
+            data = data[2 + size:]
+        return frames
+
+    def segments(self):
+        """(frame, source port, destination port, flags, payload) of each."""
+        result = []
+        for frame in self.frames():
+            ip = 14
+            tcp = ip + (frame[ip] & 15) * 4 if frame[ip] >> 4 == 4 else ip + 40
+            end = ip + int.from_bytes(frame[ip + 2:ip + 4], "big") if frame[ip] >> 4 == 4 else tcp + int.from_bytes(frame[18:20], "big")
+            ports = int.from_bytes(frame[tcp:tcp + 2], "big"), int.from_bytes(frame[tcp + 2:tcp + 4], "big")
+            result.append((frame, *ports, frame[tcp + 13], frame[tcp + (frame[tcp + 12] >> 4) * 4:end]))
+        return result
+
+
+def inject(host, frames, times=1, interface="eth0"):
+    path = host.lab.dir / f"inject-{next(host.lab.count)}"
+    path.write_bytes(b"".join(len(frame).to_bytes(2, "big") + frame for frame in frames))
+    host.run(sys.executable, "-c", INJECT, interface, path, times)
+
+
+def from_address(frame, ip):
+    """An IPv4 frame as if it came from another address, checksums made right by scapy."""
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.l2 import Ether
+    packet = Ether(frame)
+    packet[IP].src = ip
+    del packet[IP].chksum, packet[TCP].chksum
+    return bytes(packet)
+
+
+def start_sshd(lab, host):
+    """A real sshd on port 22 of the host."""
+    Path("/run/sshd").mkdir(exist_ok=True)
+    key = lab.dir / f"{host.name}-sshd-key"
+    sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+    host.popen("/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", key, "-o", "PidFile=none", "-o", "UsePAM=no",
+               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 10
+    while not host.connects("127.0.0.1"):
+        assert time.monotonic() < end, "sshd does not come up"
+
+
+def config_values(path, section):
+    ini = tariq.Config(path).ini
+    return dict(ini[section])
+
+
+# ---- pytest: fixtures ----------------------------------------------------------------------------------------------
+
+try:
+    import pytest
+except ImportError:  # the demo and the benchmarks do without: what marks a test then marks nothing
+    class pytest:
+        fixture = staticmethod(lambda function=None, **_: function or (lambda made: made))
+        mark = SimpleNamespace(skipif=lambda *_, **__: lambda made: made, parametrize=lambda *_: lambda made: made)
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: run as root")
+ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", "E echo *", "E sleep 60", "E false",
+         "E head -c 100000 /dev/zero", "E yes", "E sh -c *", "E nonexistent-program")
+
+@pytest.fixture(scope="session")
+def world():
+    """A server with a closed firewall and an sshd, a client, somebody else, one enrolled user, a running Tariq."""
+    with Lab() as lab:
+        world = SimpleNamespace(lab=lab, server=lab.host("server", 10), client=lab.host("client", 20), other=lab.host("other", 30))
+        world.server.drop_policy()
+        start_sshd(lab, world.server)
+        world.conf = make_server(lab, world.server, command_timeout=2)
+        world.me = make_client(lab, world.client, world.server, world.conf, allow=ALLOW)
+        world.tariq = Server(lab, world.server, world.conf).wait_log("listening on")
+        world.key = tariq.derive_key(tariq.parse("secret", config_values(world.me, "box")["secret"]),
+                                     tariq.parse("secret_ports", config_values(world.me, "box")["secret_ports"]))
+        world.ports = tariq.parse("secret_ports", config_values(world.me, "box")["secret_ports"])
+        yield world
+
+@pytest.fixture
+def box(world):
+    """The world with every door closed, before and after a test."""
+    def closed():
+        for program in ("iptables", "ip6tables"):
+            world.server.run(program, "-F", "tariq")
+    closed()
+    assert world.tariq.process.poll() is None, world.tariq.log
+    yield world
+    closed()
+
+def knock(world, *words, conf=None, user=NOBODY, host=None, options=(), where="box", timeout=None, change=None):
+    """Run a client; by default the enrolled one, unprivileged, with the kernel transport."""
+    seconds = ("-t", timeout) if timeout else ()
+    start = [*PYTHON, "-c", CHANGED, world.lab.dir / "tariq.py", change] if change else [*PYTHON, world.lab.dir / "tariq.py"]
+    return (host or world.client).run(*start, "knock", "-c", conf or world.me, *seconds, *options, where, *words, user=user,
+                                      check=False)
+
+def with_host(world, address, name):
+    """A copy of the client's config whose box is at another address."""
+    path = world.me.parent / f"{name}.conf"
+    path.write_text(world.me.read_text().replace(f"host = {world.server.ip}\n", f"host = {address}\n"))
+    path.chmod(0o600)
+    os.chown(path, NOBODY, NOBODY)
+    return path
+
+
+# ---- the pure parts ------------------------------------------------------------------------------------------------
+
+KEY = bytes(range(32))
+
+
+def test_a_frame_opens_with_its_own_key_and_label_only():
+    for data in (b"", b"x", os.urandom(1160)):
+        framed = tariq.frame(KEY, b"knock 0/5", data)
+        assert len(framed) == 28 + len(data)
+        assert tariq.unframe(KEY, b"knock 0/5", framed) == data
+        assert tariq.unframe(KEY, b"knock 1/5", framed) is None
+        assert tariq.unframe(bytes(32), b"knock 0/5", framed) is None
+
+
+def test_a_frame_with_any_bit_changed_or_any_byte_missing_is_refused():
+    framed = tariq.frame(KEY, b"answer", b"some data")
+    for bit in range(len(framed) * 8):
+        changed = bytearray(framed)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert tariq.unframe(KEY, b"answer", bytes(changed)) is None
+    for size in range(len(framed)):
+        assert tariq.unframe(KEY, b"answer", framed[:size]) is None
+
+
+def test_a_frame_is_good_in_its_minute_and_the_ones_beside_it(monkeypatch):
+    now = 1_800_000_000
+    monkeypatch.setattr(tariq.time, "time", lambda: now)
+    framed = tariq.frame(KEY, b"answer", b"data")
+    for offset, good in ((-120, False), (-60, True), (0, True), (60, True), (120, False)):
+        monkeypatch.setattr(tariq.time, "time", lambda: now + offset)
+        assert (tariq.unframe(KEY, b"answer", framed) == b"data") is good
+
+
+def test_two_frames_of_the_same_data_have_nothing_in_common():
+    one, two = (tariq.frame(KEY, b"answer", bytes(1000)) for _ in range(2))
+    same = sum(a == b for a, b in zip(one, two))
+    assert same < 30  # 4 of 1028 bytes agree by chance
+
+
+def test_hidden_data_comes_back_from_empty_to_exact_capacity():
+    for size in (0, 1, 2, 100, 483, 484):  # 36 * 36 * 3 / 8 = 486, less 2 of length
+        data = os.urandom(size)
+        assert tariq.reveal(tariq.hide(tariq.cover_image(""), data)) == data
+    with pytest.raises(tariq.Fault, match="1 bytes too long"):
+        tariq.hide(tariq.cover_image(""), bytes(485))
+
+
+def test_hiding_changes_the_lowest_bits_only():
+    from PIL import Image
+    cover = tariq.cover_image("")
+    before = cover.tobytes()
+    import io
+    after = Image.open(io.BytesIO(tariq.hide(cover, os.urandom(484)))).tobytes()
+    assert all(a >> 1 == b >> 1 for a, b in zip(before, after)) and before != after
+
+
+def test_a_cover_may_be_any_png_that_is_large_enough(tmp_path):
+    from PIL import Image
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        for size in ((36, 36), (37, 80), (640, 480)):
+            for old in tmp_path.iterdir():
+                old.unlink()
+            Image.new(mode, size, 1).save(tmp_path / "cover.png", transparency=0) if mode == "P" else \
+                Image.new(mode, size).save(tmp_path / "cover.png")
+            cover = tariq.cover_image(str(tmp_path))
+            assert (cover.mode, cover.size) == ("RGB", (36, 36)), (mode, size)
+            assert tariq.reveal(tariq.hide(cover, b"request")) == b"request"
+
+
+def test_a_cover_that_cannot_serve_is_a_clear_error(tmp_path):
+    from PIL import Image
+    with pytest.raises(tariq.Fault, match="needs PNG images"):
+        tariq.cover_image(str(tmp_path / "missing"))
+    with pytest.raises(tariq.Fault, match="needs PNG images"):
+        tariq.cover_image(str(tmp_path))
+    for write in (lambda path: Image.new("RGB", (35, 36)).save(path), lambda path: path.write_bytes(b"no PNG"),
+                  lambda path: path.write_bytes(b""), lambda path: Image.new("RGB", (50, 50)).save(path, "JPEG")):
+        write(tmp_path / "cover.png")
+        with pytest.raises(tariq.Fault, match="cover.png: needs PNG images"):
+            tariq.cover_image(str(tmp_path))
+    Image.new("RGB", (90, 90)).save(tmp_path / "cover.png")
+    (tmp_path / "cover.png").write_bytes((tmp_path / "cover.png").read_bytes()[:80])
+    with pytest.raises(tariq.Fault, match="needs PNG images"):
+        tariq.cover_image(str(tmp_path))
+
+
+def test_requests_are_checked_word_by_word():
+    good = {("O", "22"): ["O", "22/tcp"], ("C", "22/tcp", "53/udp"): ["C", "22/tcp", "53/udp"], ("O", "65535"): ["O", "65535/tcp"],
+            ("E", "ls", "-l", "--", "ä b"): ["E", "ls", "-l", "--", "ä b"]}
+    for words, result in good.items():
+        assert tariq.command_of(list(words)) == result
+    bad = [["O"], ["X", "22"], ["O", "0"], ["O", "-1"], ["O", "65536"], ["O", "022"], ["O", "22/sctp"], ["O", "22/tcp/tcp"],
+           ["O", "٢٢"], ["O", "２２"], ["O", " 22"], ["O", "22\n"], ["O", ""], ["O", "1" * 5000], ["O", "--help"], ["E"],
+           ["E", "a\nb"], ["E", "a\x1b[2J"], ["E", "\ud800"], ["E", "a\0b"], ["E", "\u202e"], [""]]
+    for words in bad:
+        with pytest.raises(ValueError):
+            tariq.command_of(words)
+
+
+def test_policy_permits_what_a_pattern_says_and_nothing_else():
+    def permitted(patterns, *words):
+        return tariq.permitted([tariq.command_of(pattern.split()) for pattern in patterns], tariq.command_of(list(words)))
+    assert permitted(["O 22"], "O", "22") and permitted(["O 22/tcp"], "O", "22") and permitted(["O 22 80"], "O", "80")
+    assert permitted(["O 22", "O 53/udp"], "O", "22", "53/udp")
+    assert not permitted(["O 22"], "C", "22") and not permitted(["O 22"], "O", "22/udp") and not permitted(["O 22"], "O", "22", "23")
+    assert permitted(["O *"], "O", "22", "53/udp") and not permitted(["O *"], "C", "22") and not permitted(["O *"], "O", "*")
+    assert not permitted([], "O", "22") and not permitted(["O 22"], "E", "22")
+    assert permitted(["E service httpd restart"], "E", "service", "httpd", "restart")
+    for words in (("service", "httpd"), ("service", "httpd", "stop"), ("service", "httpd", "restart", "now"), ("service httpd restart",)):
+        assert not permitted(["E service httpd restart"], "E", *words)
+    assert permitted(["E echo *"], "E", "echo") and permitted(["E echo *"], "E", "echo", "a", "b")
+    assert not permitted(["E echo *"], "E", "echoes") and not permitted(["E echo *"], "E", "/bin/echo", "a")
+    assert permitted(["E cp * /backup"], "E", "cp", "x", "/backup") and not permitted(["E cp * /backup"], "E", "cp", "x", "y", "/backup")
+    assert not permitted(["E cat /var/log/*"], "E", "cat", "/var/log/../../etc/shadow"), "only a * by itself is special"
+
+
+CONFIG = """[server]
+secret_ports = 10000,7456,22022,12121,10001
+secret = {secret}
+server_gpg_dir = /nonexistent
+server_user = tariq@box.example.com
+[allow]
+me@laptop.example.com =
+    O 22
+    E echo *
+"""
+SECRET = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0ICEhISE="
+
+
+def write_config(path, text=CONFIG, mode=0o600):
+    path.write_text(text.replace("{secret}", SECRET))
+    path.chmod(mode)
+    return path
+
+
+def test_a_config_gives_checked_values(tmp_path):
+    config = tariq.Config(write_config(tmp_path / "tariq.conf"))
+    assert config.get("secret_ports", "server") == (10000, 7456, 22022, 12121, 10001)
+    assert len(config.get("secret", "server")) == 32
+    assert config.allowed() == {"me@laptop.example.com": [["O", "22/tcp"], ["E", "echo", "*"]]}
+    assert config.get("open_timeout", "server", default=3600) == 3600
+
+
+def test_the_example_config_is_a_config(tmp_path):
+    text = (HERE / "tariq.conf.example").read_text()
+    path = write_config(tmp_path / "tariq.conf", text.replace("secret =", f"secret = {SECRET}"))
+    config = tariq.Config(path)
+    for section in ("server", "client", "box.example.com"):
+        for key in config.ini[section]:
+            config.get(key, section, default="")
+    assert len(config.allowed()) == 1
+
+
+def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path):
+    cases = [("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4", "[server] secret_ports: needs"),
+             ("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4,4", "[server] secret_ports: needs"),
+             ("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4,65536", "[server] secret_ports: needs"),
+             ("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4,x", "[server] secret_ports: needs"),
+             ("secret_ports = 10000,7456,22022,12121,10001", "", "[server] secret_ports is missing"),
+             ("{secret}", "c2VjcmV0", "[server] secret: needs 32"), ("{secret}", "!" * 44, "[server] secret: needs 32"),
+             ("{secret}", "", "[server] secret is missing"), ("    O 22", "    O 99999", "[allow] me@laptop.example.com: needs"),
+             ("    O 22", "    X 22", "[allow] me@laptop.example.com: needs"),
+             ("    O 22", '    E "unbalanced', "[allow] me@laptop.example.com: needs")]
+    for old, new, words in cases:
+        path = write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new))
+        config = tariq.Config(path)
+        with pytest.raises(tariq.Fault) as caught:
+            config.get("secret_ports", "server"), config.get("secret", "server"), config.allowed()
+        assert words in str(caught.value) and str(path) in str(caught.value) and caught.value.code == 78
+        assert SECRET not in str(caught.value) and "1,2,3,4" not in str(caught.value)
+    for text in ("no section", "[server]\nline without a key\n" + SECRET, "[a]\nx = 1\nx = 2\n", "[a]\n[a]\n"):
+        with pytest.raises(tariq.Fault, match="is not INI") as caught:
+            tariq.Config(write_config(tmp_path / "tariq.conf", text))
+        assert SECRET not in str(caught.value)
+    (tmp_path / "tariq.conf").write_bytes(b"\xff\xfe")
+    with pytest.raises(tariq.Fault, match="is not INI"):
+        tariq.Config(tmp_path / "tariq.conf")
+
+
+def test_a_config_that_others_can_read_is_refused(tmp_path):
+    for mode in (0o640, 0o604, 0o620, 0o666):
+        with pytest.raises(tariq.Fault, match="chmod 600"):
+            tariq.Config(write_config(tmp_path / "tariq.conf", mode=mode))
+
+
+def test_a_rule_template_must_hold_address_port_and_end(tmp_path):
+    for rule in ("-A tariq -s {ip} --dport {dport} -j ACCEPT", "-A tariq -s {ip} --datestop {until}", "-A tariq {ip} {dport} {until} {x}",
+                 "-I tariq {ip} {dport} {until}", "-A tariq {ip {dport} {until}", "-A tariq {ip} {dport} {until} 'x"):
+        config = tariq.Config(write_config(tmp_path / "tariq.conf", CONFIG.replace("[allow]", f"open_tcp_port = {rule}\n[allow]")))
+        with pytest.raises(tariq.Fault, match="open_tcp_port: needs"):
+            config.get("open_tcp_port", "server")
+
+
+def test_log_lines_cannot_be_forged():
+    assert tariq.printable("a\n<3>b\x1b[2J\ud800\u202e") == "a\\x0a<3>b\\x1b[2J\\xd800\\x202e"
+
+
+# ---- promise 2: authenticate before you parse. Fuzzing ---------------------------------------------------------------
+
+CASES = int(os.environ.get("TARIQ_FUZZ_CASES", 200_000))
+
+
+def bare_listener(ports=(1000, 2000, 3000, 4000, 5000)):
+    settings = SimpleNamespace(ports=ports, key=KEY, interface="none")
+    return tariq.Listener(settings, None, None, None, 14, None)
+
+
+def syn(ports, position, payload, flags=2, version=4, options=b""):
+    """An Ethernet frame with a TCP segment, made by hand: what a fuzzer mutates."""
+    tcp = (b"\x10\x00" + ports[position].to_bytes(2, "big") + bytes(8) + bytes([(5 + len(options) // 4) << 4, flags]) + bytes(6)
+           + options + payload)
+    if version == 6:
+        return bytes(12) + b"\x86\xdd" + b"\x60\0\0\0" + len(tcp).to_bytes(2, "big") + b"\x06\x40" + bytes(32) + tcp
+    return bytes(12) + b"\x08\x00" + b"\x45\0" + (20 + len(tcp)).to_bytes(2, "big") + bytes(5) + b"\x06" + bytes(10) + tcp
+
+
+def test_the_gate_passes_a_fragment_once_and_at_its_own_port_only():
+    listener = bare_listener()
+    for version in (4, 6):
+        for position in range(5):
+            framed = tariq.frame(KEY, tariq.fragment_label(position, 5), b"i" * 12 + b"piece")
+            for other in range(5):
+                if other != position:
+                    assert listener.gate(syn(listener.settings.ports, other, framed, version=version)) is None
+            for flags in (0x10, 0x12, 0x04, 0x01, 0x03):  # not a bare SYN
+                assert listener.gate(syn(listener.settings.ports, position, framed, flags, version)) is None
+            packet = syn(listener.settings.ports, position, framed, version=version, options=b"\x02\x04\x05\xb4")
+            assert listener.gate(packet)[:2] == (position, b"i" * 12 + b"piece")
+            assert listener.gate(packet) is None, "the same bytes twice are a replay"
+
+
+def test_the_gate_takes_the_last_of_joined_answers():
+    listener = bare_listener()
+    one, two = (tariq.frame(KEY, b"answer", b"i" * 12 + bytes([n]) * 32) for n in (1, 2))
+    assert listener.gate(syn(listener.settings.ports, 4, one + two, flags=0x18))[:2] == (5, b"i" * 12 + b"\2" * 32)
+    assert listener.gate(syn(listener.settings.ports, 0, one, flags=0x18)) is None
+
+
+def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
+    """Random, truncated and mutated packets before the tag."""
+    chance, listener = random.Random(1), bare_listener()
+    good = [syn(listener.settings.ports, position, tariq.frame(KEY, b"knock %d/5" % position, bytes(12 + size)), version=version)
+            for position in range(5) for size in (1, 40, 900) for version in (4, 6)]
+    for case in range(CASES):
+        kind = case % 4
+        if kind == 0:
+            packet = chance.randbytes(chance.randrange(0, 120))
+        elif kind == 1:
+            packet = syn(listener.settings.ports, chance.randrange(5), chance.randbytes(chance.randrange(0, 300)),
+                         chance.choice((2, 0x10, 0x18, 0x12)), chance.choice((4, 6)))
+        else:
+            packet = bytearray(chance.choice(good))
+            if kind == 2:
+                del packet[chance.randrange(len(packet)):]
+            else:  # at least one bit of what the tag covers
+                start = tariq.tcp_span(packet, 14)[1]
+                packet[chance.randrange(start, len(packet))] ^= 1 << chance.randrange(8)
+            for _ in range(chance.randrange(3) if kind == 2 else 0):
+                if packet:
+                    packet[chance.randrange(len(packet))] = chance.randrange(256)
+            packet = bytes(packet)
+        assert listener.gate(packet) is None, packet.hex()
+    assert not listener.seen and not listener.knocks and listener.jobs.empty()
+
+
+def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypatch):
+    """After the tag: random and mutated contents, through reassembly and answers."""
+    chance, listener = random.Random(2), bare_listener()
+    monkeypatch.setattr(tariq, "SEEN_MAX", 1000)
+    segment = (bytes(54), 100)
+    for case in range(CASES // 4):
+        address = chance.choice((bytes([10, 0, 0, chance.randrange(30)]), chance.randbytes(16), bytes([192, 0, 2, 1])))
+        knock_id = chance.choice((chance.randbytes(12), b"constant id!"))
+        position = chance.randrange(6)
+        handle = listener.on_answer if position == 5 else listener.on_fragment
+        handle(knock_id, chance.randbytes(chance.choice((0, 32, 900))), position, address, segment)
+        framed = tariq.frame(KEY, b"answer", chance.randbytes(44))
+        if case % 10 == 0:
+            assert listener.gate(syn(listener.settings.ports, 4, framed, flags=0x18))
+        assert len(listener.knocks) <= tariq.KNOCKS_MAX
+        crowd = [knock for knock in listener.knocks.values() if knock.owner == address[:8]]
+        assert len(crowd) <= tariq.KNOCKS_EACH
+        assert len(listener.seen) <= 1000
+    working = [knock for knock in listener.knocks.values() if knock.state == "working" and knock.owner == bytes([192, 0, 2, 1])]
+    assert len(working) <= tariq.WORKERS_EACH
+
+
+def test_hostile_images_are_refused():
+    """Random, truncated, mutated and hostile PNGs: one error type, and no pixel of a bomb is decoded."""
+    import io
+    import zlib
+    from PIL import Image
+    chance, good = random.Random(3), tariq.hide(tariq.cover_image(""), b"{}" * 100)
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    def png(width, height, depth, color, data, extra=b"", interlace=0):
+        header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([depth, color, 0, 0, interlace])
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+    bombs = [png(60000, 60000, 8, 2, bytes(1000)), png(36, 36, 16, 2, bytes(36 * (1 + 36 * 6))), png(36, 36, 8, 3, bytes(36 * 37)),
+             png(36, 36, 8, 2, b""), png(36, 36, 8, 2, bytes(10)), png(36, 36, 8, 6, bytes(36 * 145)), png(0, 0, 8, 2, b""),
+             png(36, 36, 8, 2, bytes(36 * 109), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))),
+             png(36, 36, 8, 2, b"\xff" * (36 * 109)), png(2**31 - 1, 1, 8, 2, b"")]
+    for bomb in bombs:
+        with contextlib.suppress(tariq.Fault):
+            assert len(tariq.reveal(bomb)) <= 484
+    for mode, size in (("RGB", (35, 36)), ("RGB", (400, 400)), ("P", (36, 36)), ("RGBA", (36, 36)), ("L", (36, 36))):
+        output = io.BytesIO()
+        Image.new(mode, size).save(output, "PNG")
+        with pytest.raises(tariq.Fault, match="not an image that Tariq made"):
+            tariq.reveal(output.getvalue())
+    for case in range(CASES // 20):
+        data = bytearray(good)
+        if case % 3 == 0:
+            del data[chance.randrange(len(data)):]
+        for _ in range(chance.randrange(1, 8)):
+            if data:
+                data[chance.randrange(min(len(data), 200))] = chance.randrange(256)
+        with contextlib.suppress(tariq.Fault):
+            assert len(tariq.reveal(bytes(data) if case % 2 else chance.randbytes(case % 300))) <= 484
+
+
+def test_interlaced_images_carry_requests_too_or_are_refused():
+    # Adam7 keeps size and mode; Pillow decodes it in whole: the same bound holds.
+    import io
+    from PIL import Image
+    output = io.BytesIO()
+    Image.new("RGB", (36, 36)).save(output, "PNG", interlace=1)
+    with contextlib.suppress(tariq.Fault):
+        assert len(tariq.reveal(output.getvalue())) <= 484
+
+
+@needs_root
+def test_hostile_openpgp_is_refused_within_bounds(world):
+    """Mutated, truncated, unsigned, doubly signed, compressed bombs, signed-only: each one Fault, never a plaintext."""
+    ring_dir = world.lab.dir / "hostile"
+    sh("install", "-d", "-m", "700", ring_dir)
+    gpg = ["gpg", "--homedir", ring_dir, "--batch", "--quiet", "--trust-model", "always", "--pinentry-mode", "loopback",
+           "--passphrase", ""]
+    for user in ("one@example.com", "two@example.com"):
+        sh(*gpg, "--quick-generate-key", user, "future-default", "default", "never")
+    ring = tariq.Keyring(str(ring_dir))
+    one, two = (ring.find(user, ring.keys("--list-keys")) for user in ("one@example.com", "two@example.com"))
+    sealed = ring.seal(b"plain" * 100, one, two)
+    assert ring.unseal(sealed, two) == (one, b"plain" * 100)
+
+    def made(data, *arguments):
+        return subprocess.run([*map(str, gpg), "-o", "-", *arguments], input=data, capture_output=True, check=True).stdout
+
+    hostile = [made(b"x", "-r", two, "-e"), made(b"x", "-u", one, "-s"), made(b"x", "--store"), made(b"x", "--clearsign"), b"",
+               made(b"x", "-u", one, "-u", two, "-r", two, "-s", "-e"), sealed + sealed, made(bytes(100_000_000), "-u", one, "-r", two,
+               "-s", "-e", "--compress-algo", "zlib", "-z", "9"), made(b"x" * 8193, "-u", one, "-r", two, "-s", "-e"),
+               made(b"x", "--passphrase", "x", "--symmetric")]
+    assert len(hostile[7]) > 100_000  # the pipe's bound cuts it
+    hostile.append(made(bytes(8_000_000), "-u", one, "-r", two, "-s", "-e", "--compress-algo", "bzip2"))
+    assert len(hostile[-1]) < 2000  # a bomb that fits a knock
+    for message in hostile:
+        with pytest.raises(tariq.Fault):
+            ring.unseal(message[:6000], two)
+    chance = random.Random(4)
+    for case in range(60):
+        data = bytearray(sealed)
+        if case % 3 == 0:
+            del data[chance.randrange(len(data)):]
+        else:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        with pytest.raises(tariq.Fault):
+            ring.unseal(bytes(data), two)
+    sh("gpgconf", "--homedir", ring_dir, "--kill", "gpg-agent")
+
+
+# ---- a knock opens a port on a real host, and nothing else does ----------------------------------------------------
+
+@needs_root
+def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(box):
+    def scan():
+        """Every port of the server, as nmap on a third host sees it."""
+        report = box.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000", "--max-retries", "0", "-oG", "-",
+                               box.server.ip, timeout=120).stdout
+        assert "Ports:" not in report or "/open/" not in report and "/closed/" not in report, report
+        return report
+    scan()
+    assert not box.client.connects(box.server.ip)
+    done = knock(box, "O", "22")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"opened tcp/22 on box for {box.client.ip} until \d\d:\d\d:\d\dZ\n", done.stdout) and done.stderr == ""
+    assert box.client.connects(box.server.ip) and not box.other.connects(box.server.ip)
+    scan()
+    done = knock(box, "C", "22")
+    assert done.stdout == f"closed tcp/22 on box for {box.client.ip}\n"
+    assert not box.client.connects(box.server.ip)
+    scan()
+
+
+@needs_root
+@pytest.mark.parametrize("family", ["ip", "ip6"])
+@pytest.mark.parametrize("transport", ["kernel", "crafted"])
+def test_both_transports_knock_over_both_families(box, transport, family):
+    address, own = getattr(box.server, family), getattr(box.client, family)
+    conf = with_host(box, address, f"{transport}-{family}")
+    user = NOBODY if transport == "kernel" else None
+    done = knock(box, "O", "22", conf=conf, user=user, options=("--transport", transport, "-v"))
+    assert done.returncode == 0 and f"opened tcp/22 on box for {own} until" in done.stdout, done.stderr + box.tariq.log
+    assert f"{transport.capitalize()}Transport" in done.stderr
+    assert box.client.connects(address) and not box.other.connects(address)
+    done = knock(box, "C", "22", conf=conf, user=user, options=("--transport", transport))
+    assert done.returncode == 0 and not box.client.connects(address)
+
+
+@needs_root
+def test_the_default_transport_is_crafted_for_root_and_kernel_for_others(box):
+    assert "by CraftedTransport" in knock(box, "C", "22", user=None, options=("-v",)).stderr
+    assert "by KernelTransport" in knock(box, "C", "22", options=("-v",)).stderr
+
+
+@needs_root
+def test_hosts_are_names_aliases_or_literal_addresses(box):
+    netns = Path("/etc/netns") / box.client.netns
+    existed = netns.parent.exists()
+    netns.mkdir(parents=True)
+    try:
+        (netns / "hosts").write_text(f"127.0.0.1 localhost\n{box.server.ip6} box.example.com\n{box.server.ip} box.example.com\n")
+        base = box.me.read_text().replace(f"host = {box.server.ip}\n", "")
+        for name, options, own in (("box.example.com", ("-4",), box.client.ip), ("box.example.com", ("-6",), box.client.ip6),
+                                   (box.server.ip, (), box.client.ip), (box.server.ip6, (), box.client.ip6)):
+            conf = box.me.parent / "named.conf"
+            conf.write_text(base.replace("[box]", f"[{name}]"))
+            conf.chmod(0o600)
+            os.chown(conf, NOBODY, NOBODY)
+            done = knock(box, "O", "22", conf=conf, where=name, options=options)
+            assert done.returncode == 0 and f"on {name} for {own}" in done.stdout, done.stderr
+        done = knock(box, "O", "22", conf=conf, where=box.server.ip6, options=("-4",))
+        assert done.returncode == 75 and box.server.ip6 in done.stderr
+    finally:
+        shutil.rmtree(netns if existed else netns.parent)
+
+
+@needs_root
+def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
+    done = knock(box, "O", "22", "8022", "53/udp")
+    assert done.returncode == 0 and "opened tcp/22, tcp/8022, udp/53 on box" in done.stdout
+    rules = box.server.rules()
+    assert len(rules) == 3 and all(f"-s {box.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
+    assert sum("-p udp" in rule and "--dport 53 " in rule for rule in rules) == 1
+    time.sleep(1.1)
+    assert knock(box, "O", "22", "53/udp").returncode == 0
+    renewed = box.server.rules()
+    assert len(renewed) == 3 and renewed != rules, "the deadline is renewed, the rule is not doubled"
+    done = knock(box, "C", "22", "53/udp", "8022")
+    assert done.returncode == 0 and box.server.rules() == []
+    assert "(22/tcp, 53/udp was not open)" in knock(box, "C", "22", "53/udp").stdout
+
+
+@needs_root
+def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
+    done = knock(box, "E", "id", "-u")
+    assert (done.returncode, done.stdout) == (0, "0\n")
+    words = "$(id) `id`; id | cat > /tmp/x && * 'quoted' -n --".split()
+    assert knock(box, "E", "echo", *words).stdout == " ".join(words) + "\n"
+    assert knock(box, "E", "false").returncode == 1
+    done = knock(box, "E", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (done.returncode, done.stdout) == (7, "out\nerr\n")
+    assert knock(box, "E", "sh", "-c", "kill -9 $$").returncode == 137
+    done = knock(box, "E", "nonexistent-program")
+    assert done.returncode == 127 and "No such file" in done.stdout
+    assert knock(box, "E", "sh", "-c", "env").stdout.count("\n") <= 6, "no environment but PATH and locale"
+
+
+@needs_root
+def test_a_command_has_a_time_limit_and_bounded_output(box):
+    began = time.monotonic()
+    assert knock(box, "E", "sleep", "60").returncode == 124
+    assert knock(box, "E", "yes").returncode == 124
+    assert time.monotonic() - began < 30
+    done = knock(box, "E", "head", "-c", "100000", "/dev/zero")
+    assert done.returncode == 0 and 300 < len(done.stdout) < 1300 and "[cut to one packet]" in done.stdout
+    began = time.monotonic()
+    done = knock(box, "E", "sh", "-c", "sleep 30 & echo started")  # what it leaves behind holds the pipe
+    assert (done.returncode, done.stdout) == (0, "started\n")
+    box.server.run("pkill", "-f", "^sleep 30$", check=False)
+
+
+@needs_root
+def test_one_users_running_command_stops_neither_doors_nor_other_knocks(box):
+    with running(box, "E", "sleep", "60") as slow:
+        time.sleep(0.6)
+        began = time.monotonic()
+        assert knock(box, "O", "22").returncode == 0
+        done = knock(box, "E", "echo", "hi")
+        assert done.returncode == 77 and "still running" in done.stderr
+        assert slow.poll() is None or time.monotonic() - began > 1.4
+        assert slow.wait(20) == 124
+
+
+@contextlib.contextmanager
+def running(world, *words, host=None, conf=None, options=()):
+    """A client in the background."""
+    process = (host or world.client).popen(*PYTHON, world.lab.dir / "tariq.py", "knock", "-c", conf or world.me, *options, "box", *words,
+                                           user=NOBODY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@needs_root
+def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
+    for words in (("O", "23"), ("O", "22", "23"), ("O", "22/udp"), ("C", "25"), ("E", "reboot"), ("E", "id"), ("E", "sleep", "61")):
+        done = knock(box, *words)
+        assert done.returncode == 77 and "refused" in done.stderr and words[-1].split("/")[0] in done.stderr and done.stdout == ""
+    assert box.server.rules() == []
+    assert f"{box.client.ip} O 22/tcp 23/tcp: refused" in box.tariq.log
+
+
+# ---- mutual authentication that holds ------------------------------------------------------------------------------
+
+def second_client(world, name, allow=("O 22",), enrolled=True, **settings):
+    """One more user with a keyring of their own; returns the config's path."""
+    conf = make_client(world.lab, world.client, world.server, world.conf, f"{name}@example.com", allow, directory=name)
+    if settings:
+        text = conf.read_text()
+        for key, value in settings.items():
+            text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+        conf.write_text(text)
+    return conf
+
+
+def server_gpg(world, *arguments, **options):
+    home = world.conf.parent / ".server-gpg"
+    owner = pwd.getpwnam("tariq")
+    return sh("setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "gpg", "--homedir", home, "--batch",
+              "--yes", "--quiet", "--pinentry-mode", "loopback", "--passphrase", "", *arguments, cwd="/", **options)
+
+
+def fingerprint(world, user):
+    return next(line.split(":")[9] for line in server_gpg(world, "--with-colons", "--list-keys", user).stdout.splitlines()
+                if line.startswith("fpr"))
+
+
+@needs_root
+def test_unknown_expired_and_revoked_keys_get_silence(box):
+    conf, late, gone = (second_client(box, name) for name in ("deleted", "expired", "revoked"))
+    assert [knock(box, "O", "22", conf=path).returncode for path in (conf, late, gone)] == [0, 0, 0]
+    # unknown: deleted from the server's keyring, though still in [allow]
+    server_gpg(box, "--delete-keys", fingerprint(box, "deleted@example.com"))
+    # expired: the server has a copy that ended
+    gpg = ["gpg", "--homedir", late.parent / "gpg", "--batch", "--yes", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+    mine = fingerprint(box, "expired@example.com")
+    box.client.run(*gpg, "--quick-set-expire", mine, "seconds=1", user=NOBODY)
+    server_gpg(box, "--import", input=box.client.run(*gpg, "--armor", "--export", mine, user=NOBODY).stdout, stdin=None)
+    time.sleep(1)  # the client's own copy is good again, by a later signature: else its gpg would refuse to sign
+    box.client.run(*gpg, "--quick-set-expire", mine, "0", user=NOBODY)
+    # revoked: with the certificate that gpg makes beside each key
+    other = fingerprint(box, "revoked@example.com")
+    certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{other}.rev").read_text().replace(":-----BEGIN", "-----BEGIN")
+    server_gpg(box, "--import", input=certificate, stdin=None)
+    time.sleep(1.5)
+    box.server.run("iptables", "-F", "tariq")
+    for path, words in ((conf, "No public key"), (late, ""), (gone, "")):
+        seen = box.tariq.log.count("knock refused")
+        with Capture(box.server) as capture:
+            done = knock(box, "O", "22", conf=path, timeout=2)
+            assert done.returncode == 75 and "no answer from box" in done.stderr, done.stderr
+            assert not [1 for _, source, _, _, payload in capture.segments() if source in box.ports and payload], "not a byte in answer"
+        assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
+    assert box.server.rules() == []
+    for user in ("deleted", "expired", "revoked"):  # for the tests to come: a config that can be loaded
+        forget(box, f"{user}@example.com")
+    reload(box)
+
+
+def forget(world, user):
+    """Take a user out of [allow]: the lines from its entry to the next."""
+    lines, kept, skip = world.conf.read_text().splitlines(keepends=True), [], False
+    for line in lines:
+        if not line.startswith("    "):
+            skip = user in line
+        if not skip:
+            kept.append(line)
+    world.conf.write_text("".join(kept))
+
+
+@needs_root
+def test_a_key_that_is_known_but_not_in_allow_is_refused(box):
+    conf = second_client(box, "stranger")
+    forget(box, "stranger@example.com")
+    reload(box)
+    done = knock(box, "O", "22", conf=conf)
+    assert done.returncode == 77 and "not allowed" in done.stderr and box.server.rules() == []
+
+
+def reload(world):
+    count = world.tariq.log.count("read again")
+    world.tariq.process.send_signal(signal.SIGHUP)
+    world.tariq.wait_log("read again", count + 1)
+
+
+@needs_root
+def test_a_request_for_another_server_is_refused(box):
+    """An insider with the same secret cannot pass one server's request on to another: the server reads its name in it."""
+    change = "hide = tariq.hide\ntariq.hide = lambda image, data: hide(image, data.replace(data[7:47], b'0' * 40))"
+    done = knock(box, "O", "22", timeout=1, change=change)
+    assert done.returncode == 75
+    box.tariq.wait_log("asked another server")
+    assert box.server.rules() == []
+
+
+@needs_root
+def test_the_client_refuses_a_server_that_signs_with_another_key(box):
+    """An insider who has the secret answers in the server's place: with a key of their own, which the client even knows."""
+    conf = box.me.parent / "wrong.conf"
+    other = box.client.run("gpg", "--homedir", box.me.parent / "gpg", "--batch", "--with-colons", "--list-secret-keys", user=NOBODY).stdout
+    other = next(line.split(":")[9] for line in other.splitlines() if line.startswith("fpr"))
+    # The server's true answer meets a client that expects it from another key: the same check, from the other side.
+    conf.write_text(box.me.read_text())
+    conf.chmod(0o600)
+    os.chown(conf, NOBODY, NOBODY)
+    change = f"seal = tariq.Keyring.unseal\ntariq.Keyring.unseal = lambda *a: ('{other}', seal(*a)[1])"
+    done = knock(box, "O", "22", conf=conf, change=change)
+    assert done.returncode == 76 and f"signed by {other}" in done.stderr and box.server.rules() == []
+
+
+@needs_root
+def test_an_answer_that_is_late_wrong_or_from_elsewhere_opens_nothing(box):
+    wrong = "digest = tariq.hmac.digest\ntariq.hmac.digest = lambda *a: bytes(32)"
+    assert knock(box, "O", "22", timeout=1, change=wrong).returncode == 75
+    # late: the server's patience is shortened in a second server's file, on the same host, with another chain
+    conf = second_server(box, "late")
+    client = make_client(box.lab, box.client, box.server, conf, "late@example.com", directory="late-client")
+    text = (box.lab.dir / "tariq.py").read_text().replace("ANSWER_TIME = 30 ", "ANSWER_TIME = 0.2 ")
+    assert "ANSWER_TIME = 0.2" in text
+    (box.lab.dir / "late.py").write_text(text)
+    server = Server(box.lab, box.server, conf, program="late.py").wait_log("listening on")
+    sleepy = "answer = tariq.KernelTransport.answer\ntariq.KernelTransport.answer = lambda *a: (tariq.time.sleep(0.5), answer(*a))"
+    assert knock(box, "O", "22", conf=client, timeout=2, change=sleepy).returncode == 75
+    assert knock(box, "O", "22", conf=client).returncode == 0
+    assert server.stop() == 0
+    # from elsewhere: the answer leaves with another host's address, right in every other respect
+    elsewhere = (f"answer = tariq.CraftedTransport.answer\n"
+                 f"def send(self, payload):\n    self.ip.src = '{box.other.ip}'\n    answer(self, payload)\n"
+                 f"tariq.CraftedTransport.answer = send")
+    assert knock(box, "O", "22", timeout=2, user=None, change=elsewhere).returncode == 75
+    assert box.server.rules() == []
+
+
+def second_server(world, name):
+    """A further server's config on the same host; its chain is named after it."""
+    return make_server(world.lab, world.server, name, iptables_chain=name)
+
+
+@needs_root
+def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
+    """A man in the middle sends the client's fragments from its own address and passes the challenge back: the client sees
+    another address in it than its own, and does not answer."""
+    change = ("tariq.KernelTransport.__init__ = (lambda init: lambda self, *a: (init(self, *a), setattr(self, 'own', '203.0.113.77'))[0])"
+              "(tariq.KernelTransport.__init__)")
+    done = knock(box, "O", "22", change=change)
+    assert done.returncode == 76 and "relays the knock" in done.stderr and box.client.ip in done.stderr
+    assert box.server.rules() == [] and "has the address 203.0.113.77" in box.tariq.log
+
+
+@needs_root
+@pytest.mark.parametrize("algorithm", ["rsa2048", "rsa3072", "rsa4096"])
+def test_rsa_keys_fit_their_packets(box, algorithm):
+    conf = box.lab.dir / algorithm / "tariq.conf"
+    conf.parent.mkdir(mode=0o700)
+    os.chown(conf.parent, NOBODY, NOBODY)
+    ring = conf.parent / "gpg"
+    sh("install", "-d", "-m", "700", "-o", NOBODY, "-g", NOBODY, ring)
+    gpg = ["gpg", "--homedir", ring, "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+    user = f"{algorithm}@example.com"
+    box.client.run(*gpg, "--quick-generate-key", user, algorithm, "default", "never", user=NOBODY)
+    mine = next(line.split(":")[9] for line in box.client.run(*gpg, "--with-colons", "--list-keys", user=NOBODY).stdout.splitlines()
+                if line.startswith("fpr"))
+    box.client.run(*gpg, "--quick-add-key", mine, algorithm, "encr", user=NOBODY)
+    make_client(box.lab, box.client, box.server, box.conf, user, ("O 22", "E head *"), directory=algorithm)
+    with Capture(box.server) as capture:
+        done = knock(box, "O", "22", conf=conf)
+        assert done.returncode == 0 and "opened tcp/22" in done.stdout, done.stderr + box.tariq.log
+        done = knock(box, "E", "head", "-c", "3000", "/dev/zero", conf=conf)
+        assert done.returncode == 0 and "[cut to one packet]" in done.stdout
+        assert max(len(frame) for frame, *_ in capture.segments()) <= 1514
+
+
+@needs_root
+def test_an_rsa_4096_server_with_an_rsa_4096_client(box):
+    conf = box.lab.dir / "rsa-server" / "tariq.conf"
+    sh("install", "-d", "-m", "700", "-o", "tariq", "-g", "tariq", "-D", box.lab.dir / "rsa-ring")
+    owner = pwd.getpwnam("tariq")
+    gpg = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "gpg", "--homedir", box.lab.dir / "rsa-ring",
+           "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+    sh(*gpg, "--quick-generate-key", "server@example.com", "rsa4096", "default", "never", cwd="/")
+    mine = next(line.split(":")[9] for line in sh(*gpg, "--with-colons", "--list-keys", cwd="/").stdout.splitlines() if line.startswith("fpr"))
+    sh(*gpg, "--quick-add-key", mine, "rsa4096", "encr", cwd="/")
+    make_server(box.lab, box.server, "rsa-server", iptables_chain="rsa", server_gpg_dir=box.lab.dir / "rsa-ring", server_user=mine)
+    client = box.lab.dir / "rsa4096" / "tariq.conf"  # made by the test above
+    public = box.lab.tariq(box.client, "keygen", "-c", client, "rsa4096@example.com", user=NOBODY).stdout
+    profile = box.lab.tariq(box.server, "enroll", "-c", conf, input=public, stdin=None).stdout
+    box.lab.tariq(box.client, "join", "-c", client, "rsa", user=NOBODY, input=profile, stdin=None)
+    client.write_text(client.read_text().replace("[rsa]\n", f"[rsa]\nhost = {box.server.ip}\n"))
+    server = Server(box.lab, box.server, conf).wait_log("listening on")
+    done = knock(box, "O", "22", conf=client, where="rsa")
+    assert done.returncode == 0 and "opened tcp/22 on rsa" in done.stdout, done.stderr + server.log
+    assert server.stop() == 0
+
+
+# ---- promise 4: silence --------------------------------------------------------------------------------------------
+
+@needs_root
+def test_no_tariq_socket_is_listening(box):
+    assert "tariq" not in box.server.run("ss", "-lntup").stdout and "python" not in box.server.run("ss", "-lntup").stdout
+    assert "users:((\"sshd\"" in box.server.run("ss", "-lntup").stdout, "ss would have shown it"
+
+
+@needs_root
+def test_random_data_on_the_right_ports_in_the_right_order_gets_no_packet(box):
+    before = box.tariq.log
+    with Capture(box.server) as capture:
+        for size in (1, 40, 900, 898, 1160):
+            frames = [syn_for(box, position, os.urandom(size)) for position in range(5)]
+            inject(box.client, frames, times=20)
+        segments = capture.segments()
+        assert len([1 for _, _, port, flags, _ in segments if port in box.ports and flags == 2]) >= 500, "they arrived"
+        assert not [1 for _, port, *_ in segments if port in box.ports], "no answer"
+    assert box.tariq.log == before, "nor a line in the log"
+
+
+def syn_for(world, position, payload, source=None):
+    """A SYN of the client's to a secret port, made with scapy."""
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.l2 import Ether
+    macs = [host.run("cat", "/sys/class/net/eth0/address").stdout.strip() for host in (world.client, world.server)]
+    return bytes(Ether(src=macs[0], dst=macs[1]) / IP(src=source or world.client.ip, dst=world.server.ip)
+                 / TCP(sport=40000, dport=world.ports[position], flags="S") / payload)
+
+
+@needs_root
+def test_replayed_exchanges_get_no_packet_whole_or_in_parts_from_the_same_address_or_another(box):
+    with Capture(box.server) as capture:
+        assert knock(box, "O", "22").returncode == 0
+        recorded = [frame for frame, _, port, _, payload in capture.segments() if port in box.ports and payload]
+    assert len(recorded) >= 6, "five fragments and an answer"
+    box.server.run("iptables", "-F", "tariq")
+    before = box.tariq.log
+    with Capture(box.server) as capture:
+        inject(box.client, recorded)  # whole
+        inject(box.client, recorded, times=3)
+        for frame in recorded:  # packet by packet
+            inject(box.client, [frame])
+        inject(box.client, reversed(recorded))
+        stolen = [from_address(frame, box.other.ip) for frame in recorded]
+        inject(box.other, stolen, times=2)
+        time.sleep(0.5)
+        assert not [1 for _, port, _, flags, _ in capture.segments() if port in box.ports and not flags & 4], "not one packet"
+    assert box.server.rules() == [] and box.tariq.log == before
+
+
+@needs_root
+def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(box):
+    """The fragments alone, held back from the server and replayed later by another: the door of a proof not given stays shut."""
+    change = "tariq.KernelTransport.answer = lambda self, payload: None"
+    with Capture(box.server) as capture:
+        assert knock(box, "O", "22", timeout=1, change=change).returncode == 75
+        fragments = [frame for frame, _, port, flags, payload in capture.segments() if port in box.ports and payload]
+    inject(box.other, [from_address(frame, box.other.ip) for frame in fragments])
+    time.sleep(0.3)
+    assert box.server.rules() == []
+
+
+@needs_root
+def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
+    with Capture(box.server) as capture:
+        for turn in range(50):
+            assert knock(box, "O" if turn % 2 else "C", "22").returncode == 0
+        payloads = [payload for _, source, port, _, payload in capture.segments() if payload and (source in box.ports or port in box.ports)]
+    assert len(payloads) >= 50 * 8
+    everything = b"".join(payloads)
+    for marker in (b"\x89PNG", b"IHDR", b"IDAT", b"IEND", b"-----BEGIN", b"OpenPGP", b"example", b"laptop", b"\xff\xd8\xff"):
+        assert marker not in everything
+    # Byte frequencies: chi-square with 255 degrees of freedom has mean 255 and standard deviation 22.6; 6 of those is 1 in 1e8.
+    def chi_square(data):
+        expected = len(data) / 256
+        return sum((data.count(bytes([value])) - expected) ** 2 / expected for value in range(256))
+    assert chi_square(everything) < 255 + 6 * 22.6
+    # Position by position too: a fixed header, key id or length anywhere would show in the first or last bytes.
+    for column in [[payload[place] for payload in payloads] for place in (*range(40), *range(-8, 0))]:
+        assert max(column.count(value) for value in set(column)) < 18, "400 random bytes have hardly ever 18 of a kind"
+
+
+@needs_root
+def test_no_two_payloads_are_alike_and_repeats_are_new_frames(box):
+    change = "tariq.WAIT = 0.01"
+    with Capture(box.server) as capture:
+        assert knock(box, "O", "22", change=change).returncode == 0
+        payloads = [payload for _, _, port, flags, payload in capture.segments() if payload and port in box.ports and flags == 2]
+    assert len(payloads) >= 10 and len(set(payloads)) == len(payloads)
+
+
+# ---- disorder, duplication, several at once ------------------------------------------------------------------------
+
+@needs_root
+@pytest.mark.parametrize("order", ["reversed", "doubled", "shuffled", "halves"])
+def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
+    change = f"""
+base = tariq.KernelTransport
+class Disordered(base):
+    turn = 0
+    def knock(self, frames):
+        pairs, ports, self.turn = list(zip(self.ports, frames)), self.ports, self.turn + 1
+        pairs = dict(reversed=pairs[::-1], doubled=sorted(pairs * 2), shuffled=__import__("random").sample(pairs, 5),
+                     halves=pairs[:3] if self.turn % 2 else pairs[3:])[{order!r}]
+        for port, payload in pairs:
+            self.ports = (port,)
+            base.knock(self, [payload])
+            self.ports = ports
+            if port != ports[-1]:
+                self.sockets.pop().close()
+tariq.KernelTransport = Disordered
+"""
+    for turn in range(3):
+        done = knock(box, "O", "22", change=change)
+        assert done.returncode == 0, done.stderr
+    assert len(box.server.rules()) == 1
+
+
+@needs_root
+def test_a_wrong_sequence_of_ports_never_assembles(box):
+    ports = list(box.ports)
+    ports[0], ports[1] = ports[1], ports[0]
+    done = knock(box, "O", "22", timeout=1, options=("-p", ",".join(map(str, ports))))
+    assert done.returncode == 75 and "wrong secret_ports" in done.stderr and box.server.rules() == []
+
+
+@pytest.fixture(scope="module")
+def nat(world):
+    """A home: two hosts behind a router that masquerades and forwards nothing but what its own hosts began."""
+    lab = world.lab
+    router = Host(lab, "router", 40)
+    lab.plug(router, "eth0", f"{router.ip}/24")
+    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    inside = []
+    for number in (1, 2):
+        host = Host(lab, f"home{number}", 10 + number, prefix=f"192.168.{number}")
+        sh("ip", "link", "add", "eth0", "netns", host.netns, "type", "veth", "peer", "name", f"in{number}", "netns", router.netns)
+        for where, interface, address in ((host, "eth0", f"{host.ip}/24"), (router, f"in{number}", f"192.168.{number}.1/24")):
+            where.run("ip", "addr", "add", address, "dev", interface)
+            where.run("ip", "link", "set", interface, "up")
+        host.run("ip", "route", "add", "default", "via", f"192.168.{number}.1")
+        inside.append(host)
+    for rule in ("-t nat -A POSTROUTING -o eth0 -j MASQUERADE", "-P FORWARD DROP",
+                 "-A FORWARD -m conntrack --ctstate INVALID -j DROP", "-A FORWARD ! -i eth0 -o eth0 -j ACCEPT",
+                 "-A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"):
+        router.run("iptables", *rule.split())
+    yield SimpleNamespace(router=router, inside=inside)
+
+
+@needs_root
+@pytest.mark.parametrize("transport", ["kernel", "crafted"])
+def test_the_exchange_passes_a_stateful_nat_router(box, nat, transport):
+    user = NOBODY if transport == "kernel" else None
+    done = knock(box, "O", "22", host=nat.inside[0], user=user, options=("--transport", transport))
+    assert done.returncode == 0 and f"for {nat.router.ip} until" in done.stdout, done.stderr + box.tariq.log
+    assert nat.inside[0].connects(box.server.ip) and not box.other.connects(box.server.ip)
+
+
+@needs_root
+def test_two_clients_behind_one_nat_knock_at_once(box, nat):
+    other = second_client(box, "neighbour", allow=("O 8022",))
+    for _ in range(3):
+        with running(box, "O", "22", host=nat.inside[0]) as one, running(box, "O", "8022", host=nat.inside[1], conf=other) as two:
+            assert one.wait(20) == 0 and two.wait(20) == 0, one.stderr.read() + two.stderr.read() + box.tariq.log
+        rules = box.server.rules()
+        assert len(rules) == 2 and all(f"-s {nat.router.ip}/32" in rule for rule in rules)
+
+
+@needs_root
+def test_twelve_clients_at_once_all_get_in(box):
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(running(box, "O", "22")) for _ in range(12)]
+        assert [process.wait(30) for process in many] == [0] * 12
+    assert len(box.server.rules()) == 1
+
+
+# ---- the monitor believes nothing ------------------------------------------------------------------------------------
+
+MONITOR = r"""
+# A real monitor with its real config in a host, and a hostile listener at the other end of the channel.
+import importlib.util, json, os, socket, sys
+spec = importlib.util.spec_from_file_location("tariq", sys.argv[1])
+tariq = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tariq)
+tariq.need_root()
+monitor = tariq.Monitor(sys.argv[2], tariq.load_scapy())
+monitor.prepare_firewall()
+signer = next(iter(monitor.users))
+def message(**change):
+    fields = {"id": "00" * 12, "signer": signer, "command": ["O", "22"], "ip": "192.0.2.7"}
+    return json.dumps({**fields, **change}).encode()
+hostile = [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 8000, b'{"a":' * 1500, message(id="00"), message(id=3), message(signer="x" * 40),
+           message(signer=None), message(signer=[signer]), message(signer="0" * 40), message(command="O 22"), message(command=[]),
+           message(command=["O"]), message(command=["O", 22]), message(command=["O", None]), message(command=["O", "*"]),
+           message(command=["O", "22", "-j"]), message(command=["O", "23"]), message(command=["E", "reboot"]), message(command=["E"]),
+           message(command=["E", "echo\nx"]), message(command=[["O", "22"]]), message(command={"O": "22"}), message(ip="192.0.2.7/0"),
+           message(ip="0/0"), message(ip="-j ACCEPT"), message(ip=5), message(ip=None), message(ip=["192.0.2.7"]), message(ip="fe80::1%eth0"),
+           message(command=["O", "22"] + ["22"] * 9000), message(command=["O", "٢٢"]), message(ip="192.0.2.7\n")]
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+monitor.channel = ours
+for case in hostile:
+    try:
+        monitor.handle(case[:tariq.MESSAGE_MAX])
+    except tariq.Fault as fault:
+        sys.exit(f"Fault: {case[:200]} {fault}")
+theirs.setblocking(False)
+answers = []
+try:
+    while True:
+        answers.append(theirs.recv(9000))
+except BlockingIOError:
+    pass
+print("answers that say done:", sum(answer[tariq.ID] for answer in answers), "doors:", len(monitor.doors))
+for number in range(tariq.DOORS_MAX + 3 if len(sys.argv) > 3 else 0):  # too many: never read by the listener, too
+    monitor.handle(message(ip=str(tariq.ipaddress.ip_address(3221225984 + number))))
+print("doors at the most:", len(monitor.doors))
+monitor.handle(message())
+print("doors after a good request:", len(monitor.doors))
+monitor.close_all()
+"""
+
+
+@needs_root
+def test_a_listener_that_was_taken_over_gets_refusals_only(box):
+    conf = second_server(box, "monitor")
+    make_client(box.lab, box.client, box.server, conf, "monitor@example.com", ("O 22",), directory="monitor-client")
+    done = box.server.run(sys.executable, "-c", MONITOR, box.lab.dir / "tariq.py", conf)
+    assert "answers that say done: 0 doors: 0\n" in done.stdout and "doors after a good request: 1" in done.stdout, done.stdout
+    assert "Traceback" not in done.stderr and done.stderr.count("malformed message") > 15
+
+
+# ---- bad input: one clear line, an exit code of its own, never a traceback ----------------------------------------------
+
+@needs_root
+def test_every_error_of_the_client_is_one_line_with_its_own_code(box, tmp_path):
+    loose = box.me.parent / "loose.conf"
+    loose.write_text(box.me.read_text())
+    loose.chmod(0o644)
+    nobody_reads = box.me.parent / "unreadable.conf"
+    nobody_reads.write_text(box.me.read_text())
+    nobody_reads.chmod(0o600)
+    covers = box.lab.dir / "no-covers"
+    covers.mkdir(exist_ok=True)
+    cases = [
+        ((), dict(where="box"), 64, "required"), (("X", "22"), {}, 64, "invalid choice"), (("O",), {}, 64, "needs O PORT"),
+        (("O", "0"), {}, 64, "needs ports"), (("O", "99999"), {}, 64, "needs ports"), (("O", "ssh"), {}, 64, "needs ports"),
+        (("E",), {}, 64, "needs O PORT"), (("E", "a\nb"), {}, 64, "printable"), (("E", "echo", "x" * 900), {}, 64, "bytes too long"),
+        (("O", "22"), dict(options=("-p", "1,2,3")), 64, "needs 5 to 32"), (("O", "22"), dict(options=("-t", "x")), 64, "invalid int"),
+        (("O", "22"), dict(options=("--transport", "pigeon")), 64, "invalid choice"), (("O", "22"), dict(options=("-4", "-6")), 64, "not allowed"),
+        (("O", "22"), dict(options=("-i", covers)), 65, "needs PNG images"), (("O", "22"), dict(options=("-u", "who@example.com")), 65, "gpg: "),
+        (("O", "22"), dict(conf=box.me.parent / "none.conf"), 78, "none.conf: No such file"), (("O", "22"), dict(conf=loose), 78, "chmod 600"),
+        (("O", "22"), dict(conf=nobody_reads), 78, "Permission denied"), (("O", "22"), dict(options=("-g", "/nonexistent")), 78, "keyring"),
+        (("O", "22"), dict(where="unknown.example.com"), 78, "[unknown.example.com] secret_ports is missing"),
+        (("O", "22"), dict(options=("--transport", "crafted")), 71, "CAP_NET_RAW"),
+        (("O", "23"), {}, 77, "not allowed to"),
+    ]
+    for words, how, code, text in cases:
+        done = knock(box, *words, **how)
+        assert done.returncode == code and text in done.stderr, (words, how, done)
+        assert done.stderr.startswith("tariq: ") and done.stderr.count("\n") == 1 and done.stdout == "", done
+    assert all(f"{code} " in box.lab.tariq(box.client, "knock", "--help").stdout for code in (0, 64, 65, 69, 70, 71, 75, 76, 77, 78))
+
+
+@needs_root
+def test_a_missing_program_or_package_is_named_with_what_to_install(box):
+    script = "import sys; sys.modules['{0}'] = None; sys.argv = {1!r}; import runpy; runpy.run_path({2!r}, run_name='__main__')"
+    program = str(box.lab.dir / "tariq.py")
+    for module, argv, user in (("PIL", ["t", "knock", "-c", str(box.me), "box", "O", "22"], NOBODY),
+                               ("scapy", ["t", "knock", "-c", str(box.me), "--transport", "crafted", "box", "O", "22"], None),
+                               ("scapy", ["t", "server", "-c", str(box.conf)], None), ("PIL", ["t", "server", "-c", str(box.conf)], None)):
+        done = box.client.run(sys.executable, "-c", script.format(module, argv, program), user=user, check=False)
+        assert done.returncode == 69 and "apt-get install" in done.stderr and module in done.stderr, done
+        assert done.stderr.count("\n") == 1
+    for hidden, host, argv, user in (("/usr/bin/gpg", box.client, ("knock", "-c", box.me, "box", "O", "22"), NOBODY),
+                                     ("/usr/sbin/xtables-nft-multi", box.other, ("server", "-c", box.conf), None),
+                                     ("/usr/bin/gpg", box.server, ("server", "-c", box.conf), None)):
+        # An empty directory's worth of PATH in a private mount namespace: the program is not there.
+        real = os.path.realpath(hidden)
+        cover = f"mount --bind /dev/null {real} && exec \"$@\""
+        inner = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+        done = host.run("sh", "-c", cover, "sh", *inner, *PYTHON, program, *argv, check=False)
+        assert done.returncode in (69, 71) and "Traceback" not in done.stderr, done
+
+
+@needs_root
+def test_a_kernel_without_fast_open_is_named_with_what_to_do(box):
+    box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=0")
+    try:
+        done = knock(box, "O", "22")
+    finally:
+        box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=1")
+    assert done.returncode == 71 and "net.ipv4.tcp_fastopen=1" in done.stderr and done.stderr.count("\n") == 1
+
+
+@needs_root
+def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
+    text = box.conf.read_text()
+
+    def variant(old, new, mode=0o600):
+        path = box.conf.parent / "variant.conf"
+        assert old in text
+        path.write_text(text.replace(old, new))
+        path.chmod(mode)
+        return path
+    user = config_values(box.conf, "server")["server_user"]
+    cases = [(variant, ("[allow]", "[allow]\nnobody@example.com =\n    O 22\n"), 78, "nobody@example.com matches 0 keys"),
+             (variant, (f"server_user = {user}", "server_user = nobody@example.com"), 78, "matches 0 keys"),
+             (variant, (f"server_user = {user}", ""), 78, "server_user is missing"),
+             (variant, ("server_gpg_dir = ", "server_gpg_dir = /nonexistent"), 78, "keyring"),
+             (variant, ("[server]", "[server]\nopen_timeout = soon"), 78, "[server] open_timeout: needs"),
+             (variant, ("[server]", "[server]\nopen_tcp_port = -A tariq {ip} {dport} {until} --nonsense"), 71, "iptables"),
+             (variant, ("[server]", "[server]\nopen_tcp_port = -A other {ip} {dport} {until}"), 78, "iptables_chain"),
+             (variant, ("[allow]", "[allow]\nx = E"), 78, "[allow] x: needs"), (variant, ("[server]", "[sever]"), 78, "[server]"),
+             (variant, ("[server]", "[server]", 0o644), 78, "chmod 600")]
+    for make, arguments, code, words in cases:
+        path = make(*arguments)
+        done = box.other.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", path, check=False)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("<")]
+        assert done.returncode == code and len(lines) == 1 and words in lines[0], (arguments, done)
+    # two keys for one email: ambiguous
+    server_gpg(box, "--quick-generate-key", "Twin <twin@example.com>", "future-default", "default", "never")
+    server_gpg(box, "--quick-generate-key", "Other <twin@example.com>", "future-default", "default", "never")
+    path = variant("[allow]", "[allow]\ntwin@example.com =\n    O 22\n")
+    done = box.other.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", path, check=False)
+    assert done.returncode == 78 and "matches 2 keys" in done.stderr and "fingerprint" in done.stderr
+    done = box.other.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", box.conf, user=NOBODY, check=False)
+    assert done.returncode == 71 and "root" in done.stderr
+
+
+@needs_root
+def test_the_server_stops_cleanly_on_both_signals_and_leaves_an_empty_chain(box):
+    conf = second_server(box, "stopping")
+    client = make_client(box.lab, box.client, box.server, conf, "stop@example.com", directory="stopping-client")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server = Server(box.lab, box.server, conf).wait_log("listening on")
+        listener = server.listener
+        assert knock(box, "O", "22", conf=client).returncode == 0
+        assert "-A stopping" in box.server.run("iptables", "-S", "stopping").stdout
+        assert server.stop(number) == 0
+        assert "-A stopping" not in box.server.run("iptables", "-S", "stopping").stdout
+        assert not Path(f"/proc/{listener}").exists() and "Traceback" not in server.log
+
+
+@needs_root
+def test_every_change_to_the_machine_is_logged_before_it_runs(box):
+    assert knock(box, "O", "22").returncode == 0 and knock(box, "E", "echo", "a b").returncode == 0
+    lines = box.tariq.log.splitlines()
+    rule = max(index for index, line in enumerate(lines) if line.startswith(f"<5>+ iptables -w 5 -A tariq -s {box.client.ip} "))
+    assert any(f"{box.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[rule:])
+    assert "<5>+ echo 'a b'" in lines
+
+
+@needs_root
+def test_the_server_warns_where_nothing_is_hidden(box):
+    conf = make_server(box.lab, box.other, "warned")
+    server = Server(box.lab, box.other, conf).wait_log("listening on")
+    assert server.log.count("INPUT does not drop") == 2
+    assert server.stop() == 0
+    box.other.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "REJECT")
+    server = Server(box.lab, box.other, conf).wait_log("listening on")
+    assert "iptables: INPUT has a REJECT rule" in server.log and server.stop() == 0
+    box.other.run("iptables", "-F", "INPUT")
+
+
+def main():
+    if sys.argv[1:2] == ["demo"]:
+        return demo()
+    if sys.argv[1:2] == ["bench"]:
+        return bench(sys.argv[2:])
+    return pytest.main(["-q", __file__, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
