@@ -21,8 +21,9 @@ Trust boundaries:
 
 Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root), set-up, command line.
 """
-import argparse, binascii, configparser, hashlib, hmac, io, ipaddress, json, os, pwd, queue, re, select, shlex, signal
+import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd, queue, re, select, shlex, signal
 import socket, struct, subprocess, sys, threading, time
+from collections import OrderedDict
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -292,8 +293,10 @@ def reveal(png):
         if image.size != (SIDE, SIDE) or image.mode != "RGB":
             raise ValueError
         bits = "".join(str(sample & 1) for sample in image.tobytes())
-        length = int(bits[:16], 2)
-        return int("0" + bits[16:16 + 8 * length], 2).to_bytes(length, "big")
+        end = 16 + 8 * int(bits[:16], 2)
+        if end > len(bits):
+            raise ValueError
+        return int("0" + bits[16:end], 2).to_bytes((end - 16) // 8, "big")
     except Exception:  # Pillow has many for bad files; whichever it is, the answer is no
         raise Fault(BAD_DATA, "not an image that Tariq made") from None
 
@@ -320,10 +323,6 @@ def tagger(key, label):
     return hashlib.blake2b(key=key, person=label, digest_size=TAG)
 
 
-def slot(offset=0):
-    return (int(time.time()) // SLOT + offset).to_bytes(8, "big")
-
-
 def mask(key, label, nonce, data):
     """XOR with a SHAKE-256 keystream (FIPS 202); the same again takes it off."""
     stream = hashlib.shake_256(key + label + nonce).digest(len(data))
@@ -333,18 +332,18 @@ def mask(key, label, nonce, data):
 def frame(key, label, data):
     nonce, tag = os.urandom(NONCE), tagger(key, label)
     masked = mask(key, label, nonce, data)
-    tag.update(nonce + masked + slot())
+    tag.update(nonce + masked + int(time.time() // SLOT).to_bytes(8, "big"))
     return nonce + tag.digest() + masked
 
 
 def authentic(tag, payload):
     """Whether a payload carries this tagger's tag, made in this time slot or a neighbour; in constant time."""
-    tag = tag.copy()
+    tag, given, slot = tag.copy(), payload[NONCE:NONCE + TAG], int(time.time() // SLOT)
     tag.update(payload[:NONCE] + payload[NONCE + TAG:])
-    for offset in (0, -1, 1):
+    for number in (slot, slot - 1, slot + 1):
         timed = tag.copy()
-        timed.update(slot(offset))
-        if hmac.compare_digest(timed.digest(), payload[NONCE:NONCE + TAG]):
+        timed.update(number.to_bytes(8, "big"))
+        if hmac.compare_digest(timed.digest(), given):
             return True
     return False
 
@@ -522,7 +521,7 @@ def cmd_knock(options):
     ports, secret = ports or config.get("secret_ports", *own), config.get("secret", *own)
     key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *own)
     user = options.user or config.get("user", *own)
-    user = user if re.fullmatch("[0-9A-Fa-f]{40}", user) else f"<{user}>"  # gpg: exactly this email
+    user = f"<{user}>" if "@" in user else user  # gpg: exactly this email; else a fingerprint
     ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *own, default="~/.config/tariq/gpg"))
     covers = config.get("img_dir", *own, default="") if options.img_dir is None else options.img_dir
     transport = open_transport(config.get("host", *own, default=options.host), options.family, options.transport, ports)
@@ -576,7 +575,7 @@ def cmd_knock(options):
     done, status, text = result[0], result[1], result[2:]
     if not done:
         raise Fault(status, f"{options.host}: {printable(text.decode(errors='replace'))}")
-    sys.stdout.buffer.write(text if command[0] == "E" else text.replace(b"{host}", options.host.encode()) + b"\n")
+    os.write(1, text if command[0] == "E" else text.replace(b"{host}", options.host.encode()) + b"\n")
     return status
 
 
@@ -635,7 +634,7 @@ class Listener:
         self.last, self.labels = count - 1, [fragment_label(position, count) for position in range(count)] + [b"answer"]
         self.positions = {port.to_bytes(2, "big"): position for position, port in enumerate(settings.ports)}
         self.taggers = [tagger(settings.key, label) for label in self.labels]
-        self.seen, self.knocks, self.jobs = {}, {}, queue.SimpleQueue()
+        self.seen, self.knocks, self.jobs = OrderedDict(), {}, queue.SimpleQueue()
 
     # ==== unauthenticated bytes: from here ====
     def gate(self, packet):
@@ -657,7 +656,7 @@ class Listener:
             return None
         self.seen[nonce] = None
         if len(self.seen) > SEEN_MAX:
-            del self.seen[next(iter(self.seen))]
+            self.seen.popitem(last=False)
         return position, mask(self.settings.key, self.labels[position], nonce, payload[NONCE + TAG:]), start, end
     # ==== to here. The sender of what passed has the secret; who it is, gpg says. ====
 
@@ -684,7 +683,7 @@ class Listener:
 
     def on_fragment(self, knock_id, piece, position, address, segment):
         knock = self.knocks.get(knock_id) or self.new_knock(knock_id, address[:8])
-        if position == self.last and (knock.state in ("collecting", "working") or address == knock.address):
+        if position == self.last and (knock.state == "collecting" or address == knock.address):
             knock.segment, knock.address = segment, address  # the address that counts is the last fragment's
         if knock.state == "collecting":
             knock.pieces[position] = piece
@@ -749,8 +748,7 @@ class Listener:
 
     def open(self, knock):
         """Unseal a whole knock, and seal the challenge for who signed it. Raises Fault."""
-        own, address = self.settings.own, knock.address
-        seen = str(ipaddress.ip_address(address))
+        own, seen = self.settings.own, str(ipaddress.ip_address(knock.address))
         signer, png = self.ring.unseal(b"".join(piece for _, piece in sorted(knock.pieces.items())), own)
         try:
             request = json.loads(reveal(png))
@@ -762,7 +760,7 @@ class Listener:
         if claimed not in ("", seen):
             log(f"{seen}: {signer} has the address {str(claimed)[:40]}: its knock is relayed, or translated on the way", 4)
         patience = min(255, self.settings.patience if command[0] == "E" else 0)
-        knock.signer, knock.command, knock.address, knock.nonce, knock.pieces = signer, command, address, os.urandom(32), {}
+        knock.signer, knock.command, knock.nonce, knock.pieces = signer, command, os.urandom(32), {}
         plain = knock.id + knock.nonce + bytes([patience]) + seen.encode()
         knock.challenge = self.ring.seal(plain, own, signer)
         knock.room = max(RESULT_LEAST, FRAGMENT_MAX - NONCE - TAG - len(knock.challenge) + len(plain))
@@ -873,7 +871,8 @@ class Monitor:
             key = ring.find(user, keys)
             users.setdefault(key, (" ".join(dict(keys)[key]) or key, []))[1].extend(patterns)
         timeout = config.get("command_timeout", "server", default=30)
-        interface = config.get("interface", "server", default=self.scapy.conf.route.route("0.0.0.0")[0])
+        routes = {self.scapy.conf.route.route("0.0.0.0")[0], self.scapy.conf.route6.route("2001:db8::")[0]} - {"lo", None}
+        interface = config.get("interface", "server", default=min(routes, default=None))  # the default route's
         settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get("secret", "server"), ports),
                                    interface=interface, patience=timeout)
         ring.seal(b"", own, own)  # the key signs, and gpg-agent is up before the first knock
@@ -1021,6 +1020,7 @@ class Monitor:
         ports = " or ".join(f"tcp dst port {port}" for port in self.settings.ports)
         sock, link_header = packet_socket(self.scapy, self.settings.interface, f"({ports}) and greater 80 and less 1500")
         sock.ins.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BUFFER)  # SO_RCVBUFFORCE
+        sock.ins.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER: whoever takes the listener over sees no more than it
         self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
@@ -1070,6 +1070,8 @@ class Monitor:
                     listening = wanted
                     log(f"listening on {self.settings.interface} for knocks on {len(self.settings.ports)} ports, {len(self.users)} "
                         f"users, chain {self.chain}, listener runs as {self.ring.owner.pw_name}")
+            except PermissionError:
+                raise Fault(SYSTEM, "packet sockets need CAP_NET_RAW and CAP_NET_ADMIN") from None
             except OSError as error:
                 if listening != error.errno:
                     log(f"{self.settings.interface}: {error.strerror}: waiting for the interface", 4)
@@ -1098,7 +1100,14 @@ def cmd_server(options):
     import PIL.PngImagePlugin  # before the fork: no knock waits for it
     monitor = Monitor(options.config, load_scapy())
     if not monitor.ring.run_as:
-        log(f"the listener will run as root: useradd --system tariq; chown -R tariq: {monitor.ring.home}", 4)
+        log(f"the listener will run as root; to change that: useradd --system tariq; chown -R tariq: {monitor.ring.home}; "
+            f"gpgconf --homedir {monitor.ring.home} --kill all", 4)
+    home = os.path.dirname(monitor.path)
+    lock = os.open(home, os.O_RDONLY)  # held until this process ends, however it does
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Fault(SYSTEM, f"a server with a config in {home} runs already") from None
     monitor.prepare_firewall()
     signal.signal(signal.SIGHUP, lambda *_: setattr(monitor, "read_at", None))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1186,7 +1195,7 @@ def cmd_keygen(options):
     home = os.path.expanduser(Config(path).get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
     make_directory(home, 0o700)
     ring = Keyring(home)
-    sys.stdout.buffer.write(ring.gpg("--armor", "--export", make_key(ring, options.user))[0])
+    os.write(1, ring.gpg("--armor", "--export", make_key(ring, options.user))[0])
     return 0
 
 
@@ -1195,7 +1204,7 @@ def cmd_enroll(options):
     need_root()
     config = Config(options.config)
     try:
-        lines = [shlex.join(command_of(shlex.split(line))) for line in options.allow or ["O 22"]]
+        lines = [shlex.join(command_of(shlex.split(line))) for line in map(" ".join, options.allow or [["O 22"]])]
     except ValueError as error:
         raise Fault(USAGE, f"--allow {error}") from None
     ring = Keyring(config.get("server_gpg_dir", "server"))
@@ -1205,12 +1214,14 @@ def cmd_enroll(options):
         log(f"{config.path}: {client} is in [allow] already: nothing changed")
     else:
         entry = "".join(f"    {line}\n" for line in lines)
-        before, section, after = config.text.partition("\n[allow]\n")
-        write_private(config.path, f"{before}\n[allow]\n{client} =  # {printable(' '.join(names))}\n{entry}{after}")
+        head = re.search(r"^\[allow\].*\n?", config.text, re.MULTILINE)
+        before, after = (config.text[:head.end()], config.text[head.end():]) if head else (config.text + "\n[allow]\n", "")
+        write_private(config.path, f"{before}{client} =  # {printable(' '.join(names))}\n{entry}{after}")
         log(f"{config.path}: {client} may {'; '.join(lines)}")
-    print(f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
-          f"secret_ports = {config.ini['server']['secret_ports']}\nsecret = {config.ini['server']['secret']}\nserver_key = {own}\n"
-          + ring.gpg("--armor", "--export", own)[0].decode(), end="")
+    profile = (f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
+               f"secret_ports = {config.ini['server']['secret_ports']}\nsecret = {config.ini['server']['secret']}\n"
+               f"server_key = {own}\n")
+    os.write(1, profile.encode() + ring.gpg("--armor", "--export", own)[0])
     return 0
 
 
@@ -1277,7 +1288,7 @@ def command_line():
     keygen = command("keygen", cmd_keygen, "client: make keyring and key, print the public key")
     keygen.add_argument("user", metavar="USER", help="an email address or the like: me@laptop")
     enroll = command("enroll", cmd_enroll, "server: allow the client whose public key is on stdin, print its profile (root)")
-    enroll.add_argument("--allow", action="append", metavar="REQUEST", help="what it may do, as in [allow] ('O 22')")
+    enroll.add_argument("--allow", action="append", nargs="+", metavar="WORD", help="what it may do, as in [allow] ('O 22')")
     command("join", cmd_join, "client: take the profile on stdin").add_argument("host", metavar="HOST")
     return parser
 

@@ -12,12 +12,14 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import pty
 import pwd
 import random
 import re
+import select
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -56,14 +58,13 @@ class Host:
     """A namespace with one interface on the lab's switch."""
 
     def __init__(self, lab, name, number, prefix="198.51.100", prefix6="2001:db8:1:"):
-        self.lab, self.name, self.netns = lab, name, f"{lab.prefix}-{name}"
+        self.lab, self.name, self.netns, self.processes = lab, name, f"{lab.prefix}-{name}", []
         self.ip, self.ip6 = f"{prefix}.{number}", f"{prefix6}:{number}"
         sh("ip", "netns", "add", self.netns)
         lab.undo.callback(self.delete)
         sh("ip", "-n", self.netns, "link", "set", "lo", "up")
-        for family in "4", "6":  # a real host's neighbours are known: no test waits for them
+        for family in "4", "6":
             sh("ip", "netns", "exec", self.netns, "sysctl", "-qw", f"net.ipv{family}.conf.all.forwarding=0")
-        self.processes = []
 
     def delete(self):
         for process in self.processes:
@@ -127,6 +128,8 @@ class Lab:
         shutil.copy(TARIQ, self.dir / "tariq.py")
         (self.dir / "tariq.py").chmod(0o755)
         try:
+            if not user_exists("tariq"):  # which `init` makes; deleted when the hosts, and all that runs there, are gone
+                self.undo.callback(sh, "userdel", "-f", "tariq", check=False)
             sh("ip", "netns", "add", self.switch)
             self.undo.callback(sh, "ip", "netns", "del", self.switch, check=False)
             sh("ip", "-n", self.switch, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
@@ -164,11 +167,8 @@ class Lab:
 
 def make_server(lab, host, directory="server", **settings):
     """A server set up by `init`, with settings changed; returns the config's path."""
-    made = not user_exists("tariq")
     path = lab.dir / directory / "tariq.conf"
     lab.tariq(host, "init", "-d", path.parent)
-    if made:
-        lab.undo.callback(sh, "userdel", "tariq", check=False)
     settings.setdefault("interface", "eth0")
     text = path.read_text()
     for key, value in settings.items():
@@ -214,11 +214,7 @@ class Server:
         return self.path.read_text()
 
     def wait_log(self, text, count=1, timeout=15):
-        end = time.monotonic() + timeout
-        while self.log.count(text) < count:
-            if time.monotonic() > end:
-                raise AssertionError(f"{text!r} ({count}) is not in the log:\n{self.log[-3000:]}")
-            time.sleep(0.02)
+        wait_for(lambda: self.log.count(text) >= count, f"{text!r} is not {count} times in the log {self.path}", timeout)
         return self
 
     def stop(self, number=signal.SIGTERM):
@@ -340,9 +336,14 @@ def start_sshd(lab, host):
     sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
     host.popen("/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", key, "-o", "PidFile=none", "-o", "UsePAM=no",
                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 10
-    while not host.connects("127.0.0.1"):
-        assert time.monotonic() < end, "sshd does not come up"
+    wait_for(lambda: host.connects("127.0.0.1"), "sshd does not come up")
+
+
+def wait_for(condition, complaint, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, complaint
+        time.sleep(0.02)
 
 
 def config_values(path, section):
@@ -713,6 +714,11 @@ def test_hostile_images_are_refused():
     for bomb in bombs:
         with contextlib.suppress(tariq.Fault):
             assert len(tariq.reveal(bomb)) <= 484
+    for length in (485, 486, 8000, 65535):  # a length that the image cannot hold
+        image = Image.frombytes("RGB", (36, 36), bytes(length >> 15 - place & 1 if place < 16 else 1 for place in range(3888)))
+        image.save(output := io.BytesIO(), "PNG")
+        with pytest.raises(tariq.Fault, match="not an image that Tariq made"):
+            tariq.reveal(output.getvalue())
     for mode, size in (("RGB", (35, 36)), ("RGB", (400, 400)), ("P", (36, 36)), ("RGBA", (36, 36)), ("L", (36, 36))):
         output = io.BytesIO()
         Image.new(mode, size).save(output, "PNG")
@@ -1478,6 +1484,759 @@ def test_the_server_warns_where_nothing_is_hidden(box):
     server = Server(box.lab, box.other, conf).wait_log("listening on")
     assert "iptables: INPUT has a REJECT rule" in server.log and server.stop() == 0
     box.other.run("iptables", "-F", "INPUT")
+
+
+# ---- what README.md says, done: its own commands, taken from the file and run as written on throwaway machines ----------
+
+README = (HERE / "README.md").read_text()
+NAMES = {"box": 10, "laptop": 20, "other": 30, "inside": 40}
+
+
+def blocks(heading, language="sh"):
+    """The code blocks of one language under a heading of the README, in order."""
+    found, here, fence = [], False, None
+    for line in README.splitlines(keepends=True):
+        if line.startswith("```"):
+            fence = line.strip("`\n") if fence is None else None
+            if here and fence == language:
+                found.append("")
+        elif fence is None and line.startswith("#"):
+            here = line.strip("# \n") == heading
+        elif here and fence == language:
+            found[-1] += line
+    return found
+
+
+class Machine(Host):
+    """A host with file systems of its own: /etc and /usr/local/bin as copies on write, the homes and /run empty. Its
+    ordinary user is `me`, who may sudo."""
+
+    def __init__(self, site, name):
+        self.pid = None
+        super().__init__(site, name, NAMES[name])
+        site.hosts[name] = self
+        site.plug(self, "eth0", f"{self.ip}/24", f"{self.ip6}/64")
+        sh("ip", "-n", self.netns, "route", "add", "default", "via", "198.51.100.1")
+        own = site.dir / name
+        names = "".join(f"198.51.100.{number} {host} {host}.example.com\\n" for host, number in NAMES.items())
+        script = f"""set -e
+            mkdir {own}; mount -t tmpfs tmpfs {own}
+            for path in /etc /usr/local/bin; do
+                mkdir -p {own}/upper$path {own}/work$path
+                mount -t overlay overlay -o lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path $path
+            done
+            for path in /home /root /run; do mount -t tmpfs -o mode=755 tmpfs $path; done
+            mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}; printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
+            sed -i '/^tariq:/d' /etc/passwd /etc/shadow /etc/group /etc/gshadow
+            useradd --create-home --shell /bin/bash me; echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me
+            cp {TARIQ_FILES} /home/me/
+            echo ready; exec sleep infinity"""
+        holder = self.popen("unshare", "--uts", "bash", "-c", script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = holder.stdout.readline()
+        assert said == "ready\n", said + holder.stdout.read()
+        self.pid = holder.pid
+
+    def command(self, argv, user=None):
+        if self.pid is None:
+            return super().command(argv)
+        start = ["nsenter", f"--target={self.pid}", "--mount", "--net", "--uts", "--"]
+        if user is not None:
+            start += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "env", f"HOME=/home/{user}", f"USER={user}"]
+        return [*start, *(str(word) for word in argv)]
+
+    def shell(self, script, user="me", **options):
+        """Run a script as its user would type it, in the home directory, up to the first command that fails."""
+        return self.run("bash", "-c", f"set -eo pipefail; cd ~; {script}", user=user, **options)
+
+    def serve(self, *prefix, drop=True):
+        """The server in the background, as the unit starts it, behind a closed firewall."""
+        if drop and "-P INPUT DROP" not in self.run("iptables", "-S", "INPUT").stdout:
+            self.drop_policy()
+        return MachineServer(self.lab, self, "/etc/tariq/tariq.conf", prefix).wait_log("listening on")
+
+    def sshd(self):
+        """A real sshd, with the system's configuration."""
+        self.run("ssh-keygen", "-A")
+        self.popen("/usr/sbin/sshd", "-D", stderr=subprocess.DEVNULL)
+        wait_for(lambda: self.connects("127.0.0.1"), "sshd does not come up")
+
+    def open_to(self, client, user="root"):
+        """Let a client's `me` log in here with a key."""
+        client.shell("mkdir -p -m 700 ~/.ssh; test -e ~/.ssh/id_ed25519 || ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519;"
+                     "printf 'StrictHostKeyChecking accept-new\\nConnectTimeout 1\\nLogLevel ERROR\\n' > ~/.ssh/config")
+        key = client.shell("cat ~/.ssh/id_ed25519.pub").stdout
+        self.shell("mkdir -p -m 700 ~/.ssh; cat >> ~/.ssh/authorized_keys; chmod 600 ~/.ssh/authorized_keys", user=None if user == "root"
+                   else user, input=key, stdin=None, env={**os.environ, "HOME": "/root"})
+
+
+TARIQ_FILES = " ".join(str(HERE / name) for name in ("tariq.py", "tariq.conf.example"))
+
+
+class MachineServer(Server):
+    """A server that runs from /usr/local/bin, by its own first line."""
+
+    def __init__(self, site, host, conf, prefix=()):
+        self.lab, self.host, self.conf = site, host, conf
+        self.path = site.dir / f"server-{next(site.count)}.log"
+        with open(self.path, "w") as file:
+            self.process = host.popen(*prefix, "tariq.py", "server", "-c", conf, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        site.undo.callback(self.kill)
+
+
+@pytest.fixture
+def site():
+    with Lab() as site:
+        yield site
+
+
+@pytest.fixture
+def remote(site):
+    """A server, set up by the README's commands."""
+    remote = Machine(site, "box")
+    set_up(remote)
+    return remote
+
+
+@pytest.fixture
+def laptop(site):
+    """A client with tariq.py in place; not enrolled."""
+    laptop = Machine(site, "laptop")
+    set_up(laptop)
+    return laptop
+
+
+def set_up(machine):
+    """Step 1 of the README on a server; of it, only the installation on a client. Packages are there already."""
+    apt, install, init = blocks("1. The server")[0].splitlines()
+    assert apt.startswith("sudo apt-get install")
+    machine.shell(f"{install}\n{init if machine.name == 'box' else ''}")
+
+
+def type_enroll(remote, laptop):
+    """Step 2 of the README: the line that enrols a client, through a real ssh."""
+    remote.sshd()
+    remote.open_to(laptop)
+    return laptop.shell(blocks("2. A client")[0])
+
+
+def type_knock(client, *words, check=True, **options):
+    options_of_knock, words = (words[:2], words[2:]) if words[0] == "-t" else (("-t", "4"), words)
+    return client.run("tariq.py", "knock", *options_of_knock, "box.example.com", *words, user="me", check=check, **options)
+
+
+def ssh(client, *words, to="me@box.example.com"):
+    """Whether a log-in by ssh works."""
+    return client.shell(f"ssh {to} {' '.join(words) or 'true'}", check=False).returncode == 0
+
+
+def reload_line(server):
+    """How the README reloads a server without systemd."""
+    return re.search("`(sudo kill -HUP PID)`", README)[1].replace("PID", str(server.process.pid))
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+@needs_root
+def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
+    """Set-up, enrolment over a real ssh, first knock, firewall: as typed. The firewall's commands are typed into an ssh
+    session, which must outlive each of them."""
+    done = type_enroll(remote, laptop)
+    server = remote.serve(drop=False)
+    assert "iptables: INPUT does not drop" in server.log and "ip6tables: INPUT does not drop" in server.log
+    remote.open_to(laptop, user="me")
+    fingerprint = remote.shell("gpg --version >/dev/null; sudo grep -o '^[0-9A-F]\\{40\\}' /etc/tariq/tariq.conf").stdout.strip()
+    assert fingerprint in done.stderr  # enroll shows whom it trusts, and join too
+    assert laptop.shell("grep server_key ~/.config/tariq/tariq.conf").stdout.split()[-1] in done.stderr
+    assert "Connection refused" in type_knock(laptop, "-t", "1", "O", "22", check=False).stderr  # as the README warns
+    keep, way_back, close, first_knock, call_off, persist = blocks("Firewall")
+    assert "netfilter-persistent save" in persist  # the one block that needs the network
+    session = laptop.popen("ssh", "me@box.example.com", "bash", user="me", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
+
+    def type_in(script):
+        for line in script.splitlines():
+            session.stdin.write(f"{line}; echo done $?\n")
+            session.stdin.flush()
+            assert select.select([session.stdout], [], [], 5)[0], f"{line}: the session is cut"
+            assert session.stdout.readline() == "done 0\n", line
+
+    type_in(keep)
+    type_in(way_back.replace("sleep 120", "sleep 2"))
+    type_in(close)
+    assert not ssh(laptop)
+    time.sleep(2)
+    assert ssh(laptop), "the way back does not open"
+    type_in(way_back.replace("sleep 120", "sleep 4") + close + call_off)
+    assert not ssh(laptop)
+    assert re.match(r"opened tcp/22 on box.example.com for 198.51.100.20 until \d\d:\d\d:\d\dZ$", laptop.shell(first_knock).stdout)
+    assert ssh(laptop)
+    other = Machine(site, "other")
+    assert not other.connects(remote.ip) and not other.connects(remote.ip6)
+    time.sleep(2.5)
+    assert "-P INPUT DROP" in remote.run("iptables", "-S", "INPUT").stdout, "the way back was called off"
+    laptop.run("ip", "-6", "neigh", "flush", "all")  # neighbours must still find each other
+    laptop.shell(f"echo 'host = {remote.ip6}' >> ~/.config/tariq/tariq.conf")
+    assert "on box.example.com for 2001:db8:1::20 until" in laptop.run("tariq.py", "knock", "-6", "box.example.com", "O", "22", user="me").stdout
+    assert laptop.connects(remote.ip6) and not other.connects(remote.ip6)
+    type_in("true")
+    assert server.stop() == 0
+    assert "INPUT does not drop" not in remote.serve().log
+
+
+@needs_root
+def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, remote, laptop):
+    first = type_enroll(remote, laptop)
+    for machine, path in (remote, "/etc/tariq/tariq.conf"), (laptop, "/home/me/.config/tariq/tariq.conf"):
+        machine.shell(f"sudo sed -i '1i # mine: first\\n; mine: second' {path}; echo '# mine: last' | sudo tee -a {path}")
+    before = remote.shell("sudo cat /etc/tariq/tariq.conf").stdout, laptop.shell("cat ~/.config/tariq/tariq.conf").stdout
+    key = laptop.run("tariq.py", "keygen", "me@laptop", user="me").stdout
+    remote.shell("sudo tariq.py init")
+    again = laptop.shell(blocks("2. A client")[0])
+    assert "in [allow] already: nothing changed" in again.stderr and again.stderr.count("wrote") == 0 < first.stderr.count("wrote")
+    assert key == laptop.run("tariq.py", "keygen", "me@laptop", user="me").stdout
+    assert before == (remote.shell("sudo cat /etc/tariq/tariq.conf").stdout, laptop.shell("cat ~/.config/tariq/tariq.conf").stdout)
+    other = Machine(site, "other")  # one more client: what is there stays, word by word
+    set_up(other)
+    remote.open_to(other)
+    other.shell(blocks("2. A client")[0].replace("me@laptop", "you@other"))
+    after = remote.shell("sudo cat /etc/tariq/tariq.conf").stdout
+    lines = iter(after.splitlines())
+    assert all(line in lines for line in before[0].splitlines()) and "you@other" in after
+    assert remote.shell("sudo stat -c %a:%U /etc/tariq/tariq.conf").stdout == "600:root\n"
+    server = remote.serve()
+    assert "2 users" in server.log
+    type_knock(laptop, "O", "22")
+    type_knock(other, "C", "22")
+
+
+@needs_root
+def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(site, remote, laptop):
+    """Sampled from /proc while the line runs, on both machines."""
+    remote.sshd()
+    remote.open_to(laptop)
+    secret = remote.shell("sudo grep ^secret /etc/tariq/tariq.conf").stdout
+    words = [line.split(" = ")[1].encode() for line in secret.splitlines()]
+    line = laptop.popen("bash", "-c", f"cd ~; {blocks('2. A client')[0]}", user="me", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen = b""
+    while line.poll() is None:
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            for name in "cmdline", "environ":
+                try:
+                    seen += Path(f"/proc/{pid}/{name}").read_bytes()
+                except OSError:
+                    pass
+    assert line.returncode == 0 and b"enroll" in seen
+    assert not any(word in seen for word in words)
+
+
+@needs_root
+def test_the_set_up_by_hand_with_gpg_works(site, laptop):
+    remote = Machine(site, "box")
+    remote.shell(blocks("1. The server")[0].splitlines()[1])
+    on_server, on_client, import_client, client_config = blocks("Set-up by hand")
+    remote.shell(on_server)
+    laptop.shell(on_client)
+    remote.shell("cat > me.asc", input=laptop.shell("cat me.asc").stdout, stdin=None)
+    laptop.shell("cat > server.asc", input=remote.shell("cat server.asc").stdout, stdin=None)
+    remote.shell(import_client)
+    ports, secret = (remote.shell(f"sudo sed -n 's/^{key} = //p' /etc/tariq/tariq.conf").stdout.strip() for key in ("secret_ports", "secret"))
+    laptop.shell(client_config.replace("PORTS", ports).replace("SECRET", secret))
+    server = remote.serve()
+    assert "1 users" in server.log and "listener runs as tariq" in server.log and "as root" not in server.log
+    assert "opened tcp/22" in type_knock(laptop, "O", "22").stdout
+    assert "closed tcp/22" in type_knock(laptop, "C", "22").stdout
+    assert type_knock(laptop, "O", "23", check=False).returncode == 77
+
+
+@needs_root
+def test_a_keyring_made_as_root_is_mended_by_the_chown_that_the_server_names(remote):
+    remote.shell("sudo gpgconf --homedir /etc/tariq/.server-gpg --kill all; sudo chown -R root: /etc/tariq/.server-gpg")
+    server = remote.serve()
+    assert "the listener will run as root; to change that: useradd --system tariq; chown -R tariq: /etc/tariq/.server-gpg" in server.log
+    server.stop()
+    remote.shell(re.search("`(sudo gpgconf .*?; sudo chown -R tariq: /etc.*?)`", README)[1])
+    assert "listener runs as tariq" in remote.serve().log
+
+
+# ---- everyday use ----------------------------------------------------------------------------------------------------
+
+@needs_root
+def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, remote, laptop):
+    type_enroll(remote, laptop)
+    other = Machine(site, "other")
+    set_up(other)
+    remote.open_to(other)
+    other.shell(blocks("2. A client")[0].replace("me@laptop", "you@other"))
+    server = remote.serve()
+    assert "opened" in type_knock(laptop, "O", "22").stdout
+    fingerprint = laptop.shell("gpg --homedir ~/.config/tariq/gpg --with-colons --fingerprint | grep -m1 ^fpr").stdout.split(":")[9]
+    edit, reload, delete = blocks("Removing a client")[0].splitlines()
+    assert reload == "sudo systemctl reload tariq"
+    remote.shell(f"""printf '#!/bin/sh\nsed -i "/^{fingerprint} =/,/C 22/d" "$1"\n' > editor; chmod +x editor""")
+    remote.shell(f"SUDO_EDITOR=~/editor {edit}\n{reload_line(server)}")
+    server.wait_log("read again, 1 users")
+    refused = type_knock(laptop, "O", "22", check=False)
+    assert refused.returncode == 77 and "refused: O 22/tcp: not allowed to" in refused.stderr
+    remote.shell(delete.replace("FINGERPRINT", fingerprint))
+    assert type_knock(laptop, "-t", "2", "O", "22", check=False).returncode == 75  # unknown now: not even answered
+    server.wait_log("198.51.100.20: knock refused: ")
+    assert "opened" in type_knock(other, "O", "22").stdout
+    assert server.process.poll() is None
+
+
+@needs_root
+def test_a_broken_config_at_reload_keeps_the_old_one_in_force(remote, laptop):
+    type_enroll(remote, laptop)
+    server = remote.serve()
+    for count, breakage in enumerate(("[allow", "someone@else.example.com =\\n    O 22", "[server]\\nsecret = short"), 1):
+        remote.shell(f"sudo cp -p /etc/tariq/tariq.conf good; printf '{breakage}\\n' | sudo tee -a /etc/tariq/tariq.conf; {reload_line(server)}")
+        server.wait_log("the old config stays in force", count)
+        assert "opened" in type_knock(laptop, "O", "22").stdout
+        remote.shell("sudo cp -p good /etc/tariq/tariq.conf")
+    assert "someone@else.example.com matches 0 keys" in server.log
+    remote.shell(reload_line(server))
+    server.wait_log("read again, 1 users")
+    assert "closed" in type_knock(laptop, "C", "22").stdout
+
+
+@needs_root
+def test_ssh_knocks_by_itself_with_the_recipe(site, remote, laptop):
+    type_enroll(remote, laptop)
+    remote.open_to(laptop, user="me")
+    server = remote.serve()
+    assert not ssh(laptop)
+    laptop.shell(f"cat >> ~/.ssh/config <<'END'\n{blocks('ssh knocks by itself', 'ssh-config')[0]}END")
+    done = laptop.shell("ssh me@box.example.com id -un")
+    assert done.stdout == "me\n"  # and nothing of the knock's
+    assert "opened tcp/22" in server.log
+    assert laptop.shell("echo hello | ssh me@box.example.com cat").stdout == "hello\n"
+    assert len(remote.rules()) == 1
+    assert not Machine(site, "other").connects(remote.ip)
+
+
+@needs_root
+def test_a_door_opened_again_is_one_rule_and_one_close_closes_it(remote, laptop):
+    """Also where both rules are the same, word by word: with open_timeout = 0, or within one second."""
+    type_enroll(remote, laptop)
+    remote.shell("sudo sed -i '/^.server.$/a open_timeout = 0' /etc/tariq/tariq.conf")
+    remote.serve()
+    for _ in range(2):
+        assert type_knock(laptop, "O", "22").stdout == "opened tcp/22 on box.example.com for 198.51.100.20 until closed\n"
+        assert len(remote.rules()) == 1
+    assert type_knock(laptop, "C", "22").stdout == "closed tcp/22 on box.example.com for 198.51.100.20\n"
+    assert remote.rules() == []
+
+
+@needs_root
+def test_a_door_whose_rule_somebody_else_removed_is_closed_and_opens_again(remote, laptop):
+    """As a firewall reload, iptables-restore or the README's way back may do."""
+    type_enroll(remote, laptop)
+    server = remote.serve()
+    for action in "O", "C":
+        type_knock(laptop, "O", "22")
+        remote.run("iptables", "-F", "tariq")
+        assert type_knock(laptop, action, "22", check=False).returncode == 0
+    assert remote.rules() == [] and "not closed" not in server.log
+
+
+@needs_root
+def test_an_alias_and_several_servers_in_one_config(remote, laptop):
+    type_enroll(remote, laptop)
+    remote.serve()
+    section = laptop.shell("sed -n '/^.box/,$p' ~/.config/tariq/tariq.conf").stdout.splitlines()
+    home = blocks("Several servers", "ini")[0].splitlines()
+    assert [line.split(" = ")[0] for line in home if "host" not in line][1:] == [line.split(" = ")[0] for line in section][1:]
+    alias = "\n".join([home[0], f"host = {remote.ip6}", *section[1:]])
+    laptop.shell("cat >> ~/.config/tariq/tariq.conf", input=f"\n{alias}\n", stdin=None)
+    done = laptop.run("tariq.py", "knock", "home", "O", "22", user="me").stdout
+    assert done.startswith("opened tcp/22 on home for 2001:db8:1:")
+    assert "on box.example.com for 198.51.100.20" in type_knock(laptop, "O", "22").stdout
+
+
+# ---- keys with a passphrase ------------------------------------------------------------------------------------------
+
+PINENTRY = """#!/bin/bash
+# Types the passphrase, and counts how often it was asked to.
+echo "OK hello"
+while read -r word rest; do
+    case $word in
+        GETPIN) echo asked >> /home/me/asked; echo "D correct-horse-7"; echo OK;;
+        BYE) echo OK; exit;;
+        *) echo OK;;
+    esac
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def locked_laptop():
+    """An enrolled client whose key got a passphrase by the README's command."""
+    with Lab() as site:
+        remote, laptop = Machine(site, "box"), Machine(site, "laptop")
+        set_up(remote)
+        set_up(laptop)
+        type_enroll(remote, laptop)
+        remote.serve()
+        laptop.shell("cat > pinentry; chmod +x pinentry; echo pinentry-program /home/me/pinentry > ~/.config/tariq/gpg/gpg-agent.conf;"
+                     "gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent", input=PINENTRY, stdin=None)
+        laptop.shell(blocks("A key with a passphrase")[0])
+        yield laptop
+
+
+@pytest.fixture
+def locked(locked_laptop):
+    """The same, with a pinentry, and an agent that knows nothing yet."""
+    locked_laptop.shell("echo pinentry-program /home/me/pinentry > ~/.config/tariq/gpg/gpg-agent.conf; rm -f asked;"
+                        "gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent")
+    return locked_laptop
+
+
+def without_pinentry(client):
+    client.shell("echo pinentry-program /nonexistent > ~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent")
+
+
+@needs_root
+def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
+    assert "opened" in type_knock(locked, "O", "22").stdout
+    assert locked.shell("cat asked").stdout == "asked\n"
+    assert "closed" in type_knock(locked, "C", "22").stdout
+    assert locked.shell("cat asked").stdout == "asked\n"
+
+
+@needs_root
+def test_a_passphrase_is_asked_once_on_a_terminal_without_pinentry(locked):
+    without_pinentry(locked)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        argv = locked.command(["tariq.py", "knock", "-t", "4", "box.example.com", "O", "22"], "me")
+        os.execvp(argv[0], argv)
+    said = b""
+    while True:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:  # the terminal's last user is gone
+            break
+        if not data:
+            break
+        said += data
+        if b"passphrase" in data:
+            os.write(terminal, b"correct-horse-7\n")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+    assert said.count(b"passphrase of your") == 1 and b"opened tcp/22" in said and b"correct-horse" not in said
+
+
+@needs_root
+def test_a_wrong_passphrase_is_one_clear_error(locked):
+    without_pinentry(locked)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        argv = locked.command(["tariq.py", "knock", "-t", "4", "box.example.com", "O", "22"], "me")
+        os.execvp(argv[0], argv)
+    said = b""
+    while True:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        said += data
+        if b"passphrase of your" in data:
+            os.write(terminal, b"wrong\n")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 65 and b"Bad passphrase" in said and said.count(b"passphrase of your") == 1, said
+
+
+@needs_root
+def test_a_passphrase_without_terminal_or_pinentry_is_a_clear_error(locked):
+    without_pinentry(locked)
+    done = type_knock(locked, "O", "22", check=False, start_new_session=True)
+    assert done.returncode == 71 and "there is neither a pinentry nor a terminal" in done.stderr
+
+
+# ---- the service -----------------------------------------------------------------------------------------------------
+
+UNIT = blocks("As a service", "ini")[0]
+
+
+def unit(key):
+    return re.search(f"^{key}=(.*)$", UNIT, re.M)[1].split()
+
+
+def systemd_analyze(remote, *words, check=True):
+    remote.shell("sudo tee /etc/systemd/system/tariq.service >/dev/null", input=UNIT, stdin=None)
+    try:
+        return remote.run("systemd-analyze", *words, check=check)
+    except FileNotFoundError:
+        pytest.skip("no systemd here")
+
+
+@needs_root
+def test_the_unit_is_valid_and_little_exposed(remote):
+    done = systemd_analyze(remote, "verify", "/etc/systemd/system/tariq.service")
+    assert "tariq" not in done.stdout + done.stderr
+    # 0 to 100; an unhardened service of root has 96. What is left is root itself, its six capabilities and the network.
+    systemd_analyze(remote, "security", "--offline=yes", "--threshold=35", "/etc/systemd/system/tariq.service")
+
+
+@needs_root
+def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
+    """What systemd does, done with the kernel's own means: the exact bounding set, no new privileges, a read-only
+    system but for ReadWritePaths, no homes, a private /tmp."""
+    type_enroll(remote, laptop)
+    remote.shell("sudo sed -i 's/^    C 22.*/    C 22\\n    E sh */' /etc/tariq/tariq.conf")
+    writable = unit("ReadWritePaths")
+    script = f"""set -e
+        for path in {' '.join(writable)}; do mount --rbind $path $path; done
+        while read -r _ path _; do
+            case $path in /proc*|/sys*|/dev*|/tmp|{'|'.join(path + '|' + path + '/*' for path in writable)}) ;;
+                *) mount -o remount,bind,ro "$path";; esac
+        done < /proc/self/mounts
+        for path in /tmp /home /root; do mount -t tmpfs -o mode=1777 tmpfs $path; done
+        exec "$@" """
+    capabilities = "-all" + "".join(f",+{name.removeprefix('CAP_').lower()}" for name in unit("CapabilityBoundingSet"))
+    server = remote.serve("unshare", "--mount", "bash", "-c", script, "bash", "setpriv", "--no-new-privs", f"--bounding-set={capabilities}")
+    assert "opened" in type_knock(laptop, "O", "22").stdout and laptop.connects(remote.ip)
+    inside = type_knock(laptop, "E", "sh", "-c", "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /etc/x /root/y; id -u", check=False)
+    assert "CapBnd:\t00000000000031e0\nNoNewPrivs:\t1\n" in inside.stdout, inside.stdout
+    assert "/etc/x': Read-only file system" in inside.stdout and inside.stdout.endswith("0\n")
+    server.process.send_signal(1)  # ExecReload
+    server.wait_log("read again, 1 users")
+    assert "closed" in type_knock(laptop, "C", "22").stdout
+    assert server.stop() == 0
+
+
+@needs_root
+def test_the_units_filters_let_through_all_that_the_server_does(site, remote, laptop):
+    """Traced: every system call is in the SystemCallFilter, every socket's family in RestrictAddressFamilies."""
+    assert unit("SystemCallFilter") == ["@system-service"]
+    type_enroll(remote, laptop)
+    groups, group = {}, None
+    for line in systemd_analyze(remote, "syscall-filter").stdout.splitlines():
+        if line.startswith("@"):
+            group = groups[line.strip()] = set()
+        elif group is not None and line.startswith("    ") and not line.strip().startswith("#"):
+            group.add(line.strip())
+
+    def members(name):
+        return set().union(*(members(word) for word in groups[name])) if name.startswith("@") else {name}
+
+    trace = site.dir / "trace"
+    server = remote.serve("strace", "-f", "-o", trace)
+    type_knock(laptop, "O", "22")
+    pid = int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[0])  # strace's child
+    os.kill(pid, 1)
+    server.wait_log("read again")
+    type_knock(laptop, "C", "22")
+    os.kill(pid, 15)
+    server.process.wait(15)
+    text = trace.read_text(errors="replace")
+    calls = set(re.findall(r"^\d+ +(?:<\.\.\. )?(\w+)(?:\(| resumed)", text, re.M))
+    assert len(calls) > 40 and calls <= members("@system-service") | members("@default"), calls
+    assert set(re.findall(r"socket(?:pair)?\((\w+)", text)) <= set(unit("RestrictAddressFamilies"))
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+def run_demo(tmp_path, interrupt_after=None):
+    """The demo in a process group of its own, with Ctrl-C or without -> (exit code, output, its process id)."""
+    with open(tmp_path / "demo", "w+") as file:
+        process = subprocess.Popen([sys.executable, HERE / "test_tariq.py", "demo"], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                                   start_new_session=True)
+        if interrupt_after:
+            end = time.monotonic() + 20
+            while interrupt_after not in (tmp_path / "demo").read_text() and time.monotonic() < end:
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(60)
+        file.seek(0)
+        return code, file.read(), process.pid
+
+
+def left_over(pid):
+    return [name for name in sh("ip", "netns").stdout.split() if name.startswith(f"tq-{pid}-")]
+
+
+@needs_root
+def test_the_demo_shows_what_the_readme_says_in_about_15_seconds(tmp_path):
+    began = time.monotonic()
+    code, said, pid = run_demo(tmp_path)
+    assert code == 0 and time.monotonic() - began < 25, said
+    steps = ["ignored states", "exit status 124", "opened tcp/22 on box for 198.51.100.20", "SSH-2.0", "--datestop", "ignored states", "up ",
+             "refused: ", "closed tcp/22", "0 came back", "exit status 124"]
+    assert all(step in said for step in steps) and said.count("65535 scanned ports") == 2
+    at = [said.index(step) for step in steps[2:5] + steps[7:10]]
+    assert at == sorted(at)
+    assert left_over(pid) == []
+
+
+@needs_root
+@pytest.mark.parametrize("moment", ["Three hosts", "opened tcp/22"])
+def test_ctrl_c_in_the_demo_leaves_nothing(tmp_path, moment):
+    code, said, pid = run_demo(tmp_path, moment)
+    assert code == 130 and "Traceback" not in said and said.endswith("interrupted: all of it is removed\n"), said
+    assert left_over(pid) == []
+
+
+# ---- a gateway -------------------------------------------------------------------------------------------------------
+
+@needs_root
+def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
+    type_enroll(remote, laptop)
+    inside, other = Machine(site, "inside"), Machine(site, "other")
+    sh("ip", "-n", inside.netns, "link", "set", "eth0", "down")
+    sh("ip", "link", "add", "eth1", "netns", remote.netns, "type", "veth", "peer", "name", "eth1", "netns", inside.netns)
+    for machine, address in (remote, "192.0.2.1/24"), (inside, "192.0.2.5/24"):
+        sh("ip", "-n", machine.netns, "addr", "add", address, "dev", "eth1")
+        sh("ip", "-n", machine.netns, "link", "set", "eth1", "up")
+    sh("ip", "-n", inside.netns, "route", "add", "default", "via", "192.0.2.1")
+    inside.sshd()
+    static, = blocks("A gateway")
+    template, = blocks("A gateway", "ini")
+    remote.shell(f"sudo sed -i '/^.server.$/a {template.strip()}' /etc/tariq/tariq.conf;"
+              "sudo sed -i 's/^    O 22/    O 2222/' /etc/tariq/tariq.conf")
+    server = remote.serve()
+    remote.shell(static)
+    assert not laptop.connects(remote.ip, 2222)
+    type_knock(laptop, "O", "2222")
+    assert laptop.connects(remote.ip, 2222) and not laptop.connects(remote.ip, 22) and not other.connects(remote.ip, 2222)
+    assert server.stop() == 0
+    assert not laptop.connects(remote.ip, 2222)
+
+
+# ---- the page itself -------------------------------------------------------------------------------------------------
+
+def test_the_table_of_keys_is_that_of_the_example_config():
+    table = README.partition("## Configuration")[2].partition("\n\nA pattern")[0]
+    named = set(re.findall("`([a-z_]+)`", "".join(line.split("|")[2] for line in table.splitlines() if line.startswith("| "))))
+    keys = set(re.findall(r"^([a-z_]+) =", (HERE / "tariq.conf.example").read_text(), re.M))
+    assert named == keys
+
+
+def test_every_message_in_troubleshooting_is_one_that_tariq_says():
+    source = re.sub(r'"\s*\n?\s*\+?\s*f?"', "", (HERE / "tariq.py").read_text())  # joined strings
+    table = README.partition("## Troubleshooting")[2].partition("Exit codes:")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    own = [text for cell in cells for text in re.findall("`(.*?)`", cell)
+           if not re.search("Connection refused|Name or service|Network is|No public key|No module|gpg: ", text)]  # the system's words
+    assert len(own) > 50
+    for text in own:
+        for words in re.split(r"\b[A-Z]+\b|\.\.\.|[A-Z]:|`|\(IPv[46]\)|\b\d+\b", text):
+            words = words.strip(" :[]()-,;")
+            assert len(words) < 6 or words in source or words in re.sub(r"\{[^{}]*\}", "", source), f"{words!r} of {text!r}"
+
+
+def test_every_anchor_in_the_readme_leads_somewhere():
+    headings = {re.sub("[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
+    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
+
+
+# ---- the demo ----------------------------------------------------------------------------------------------------
+
+RECORDER = """
+import select, signal, socket, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the demo's business
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+wire.bind(("eth0", 0))
+server, sent, back = socket.inet_aton(sys.argv[1]), [], 0
+print("ready", flush=True)
+while wire in select.select([wire, sys.stdin], [], [])[0]:  # until the first line on stdin
+    frame, (_, _, direction, *_) = wire.recvfrom(2048)
+    if direction == socket.PACKET_OUTGOING and frame[23] == socket.IPPROTO_TCP and frame[30:34] == server:
+        sent.append(frame)
+sys.stdin.readline(), sys.stdin.readline()
+wire.close()
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+wire.bind(("eth0", 0))
+for frame in sent:
+    wire.send(frame)
+end = time.monotonic() + 1
+while select.select([wire], [], [], max(0, end - time.monotonic()))[0]:
+    frame, (_, _, direction, *_) = wire.recvfrom(2048)
+    back += direction == socket.PACKET_HOST and frame[26:30] == server and frame[23] == socket.IPPROTO_TCP
+print(len(sent), "packets sent again,", back, "came back")
+"""
+
+
+def demo():
+    """Three throwaway hosts, a closed door and a knock. What stands after a $ is run as it stands; the demo fails where the
+    output is not what the words before it say."""
+    def say(text):
+        print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+    def show(host, *argv, expect="", without="\0", user=None):
+        print(f"{'nobody@' if user else ''}{host.name}$ {shlex.join(map(str, argv))}", flush=True)
+        done = host.run(*argv, user=user, check=False, cwd=lab.dir)
+        said = (done.stdout + done.stderr).strip()
+        print("\n".join(f"  {line}" for line in said.splitlines() if line) or f"  (nothing; exit status {done.returncode})", flush=True)
+        assert expect in said and without not in said, f"not as announced: {expect or without!r}"
+
+    def knock(*words, expect=""):
+        show(client, "./tariq.py", "knock", "-c", "client/tariq.conf", "box", *words, expect=expect, user=NOBODY)
+
+    def banner(host, **options):
+        show(host, "timeout", "1", "bash", "-c", f"head -1 < /dev/tcp/{server.ip}/22", **options)
+
+    def scan():
+        show(scanner, "nmap", "-n", "-Pn", "-p-", "--min-rate", "30000", "--max-retries", "0", server.ip,
+             expect="All 65535 scanned ports", without="/tcp open")
+
+    if os.geteuid():
+        sys.exit("the demo builds network namespaces: sudo ./test_tariq.py demo")
+    missing = [program for program in ("ip", "iptables", "nmap", "gpg", "/usr/sbin/sshd") if not shutil.which(program)]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}. See the README's first command")
+    for number in (signal.SIGINT, signal.SIGTERM):  # both leave through the `with` below, which removes everything
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with Lab() as lab:
+            say("Three hosts in network namespaces: a server, a client and a scanner. Your network and firewall are not touched.")
+            server, client, scanner = (lab.host(name, number) for name, number in (("server", 10), ("client", 20), ("scanner", 30)))
+            Path("/run/sshd").mkdir(exist_ok=True)
+            sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", lab.dir / "host_key")
+            server.popen("/usr/sbin/sshd", "-D", "-f", "/dev/null", "-h", lab.dir / "host_key", "-o", "PidFile=none", stderr=subprocess.DEVNULL)
+            server.drop_policy()
+            conf = make_server(lab, server)
+            make_client(lab, client, server, conf, allow=("O 22", "C 22", "E uptime *"))
+            tariq_server = Server(lab, server, conf).wait_log("listening on")
+            lab.undo.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)  # runs first: nothing interrupts that
+            recorder = client.popen(*PYTHON, "-c", RECORDER, server.ip, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            recorder.stdout.readline()
+
+            say("The server runs sshd and Tariq. Only sshd has a socket; Tariq listens on nothing:")
+            show(server, "ss", "-Hlntup", expect=":22", without="python")
+            say("The firewall drops all that is new. The scanner tries every port (nmap calls any host up that shares its switch):")
+            scan()
+            say("The client, an ordinary user, has no luck either:")
+            banner(client, without="SSH")
+            say("It knocks. The server proves itself, the client proves itself, and port 22 opens for this client's address:")
+            knock("O", "22", expect="opened tcp/22")
+            recorder.stdin.write("stop\n")
+            recorder.stdin.flush()
+            banner(client, expect="SSH-2.0")
+            say("The door is one rule. The kernel itself ends it, at the time it names:")
+            show(server, "iptables", "-S", "tariq", expect=f"-s {client.ip}/32")
+            say("From elsewhere still nothing is to be seen:")
+            scan()
+            say("A command that the server allows, without a log-in; and one that it does not:")
+            knock("E", "uptime", "--pretty", expect="up ")
+            knock("E", "cat", "/etc/shadow", expect="refused: ")
+            say("The client closes the door:")
+            knock("C", "22", expect="closed tcp/22")
+            banner(client, without="SSH")
+            say("Somebody has recorded the knock that opened it, and sends it again, packet by packet, from the same address:")
+            replayed = recorder.communicate("replay\n", timeout=10)[0].strip()
+            print(f"  {replayed}")
+            assert replayed.endswith(" 0 came back") and not replayed.startswith("0 "), replayed
+            banner(client, without="SSH")
+            say("What the server has logged of all that:")
+            print("\n".join(f"  {line}" for line in tariq_server.log.splitlines() if f" {client.ip} " in line and "iptables" not in line))
+            say("Now all of it is removed. For real machines: see the README, Set-up.")
+    except KeyboardInterrupt:
+        print("\ninterrupted: all of it is removed")
+        return 130
+    return 0
 
 
 def main():
