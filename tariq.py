@@ -147,7 +147,7 @@ class Config:
 
 # ---- OpenPGP: bytes in, sealed bytes out, and back; as the keyring's owner -------------------------------------------
 
-GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --trust-model always --no-auto-key-locate").split()
+GPG = "gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-random-seed-file --trust-model always".split()
 GPG_TIME = 10  # seconds; a seal takes 10 ms, 40 ms with RSA-4096
 GPG_INPUT, GPG_OUTPUT = 60_000, 1 << 20  # bytes; input stays below a pipe's 64 KiB, so that writing it never waits
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice a PNG of SIDE x SIDE pixels
@@ -169,29 +169,33 @@ class Keyring:
             self.environment = {"PATH": os.environ["PATH"], "HOME": self.home, "LC_ALL": "C"}
 
     def gpg(self, *arguments, data=b""):
-        """Run gpg once -> (output, status lines as lists of words). Raises Fault with gpg's words. Bounded: GPG_INPUT
-        bytes in, GPG_OUTPUT out, GPG_TIME seconds; status and words wait in pipes, and what overfills those meets the time."""
+        """Run gpg once -> (output, status lines as lists of words). `data` is bytes, or makes them while gpg starts. Raises
+        Fault with gpg's words. Bounded: GPG_INPUT bytes in, GPG_OUTPUT out, a pipe's capacity of status, GPG_TIME seconds."""
         status_end, status = os.pipe()
         options = ["--homedir", self.home, "--status-fd", str(status)]
         if self.passphrase:  # its line goes before the data, so that it is in no argument, variable or file
             options += ["--pinentry-mode", "loopback", "--passphrase-fd", "0"]
+        output, end = b"", time.monotonic() + GPG_TIME
         with open(status_end, "rb") as status_file:
             try:
                 process = subprocess.Popen([*GPG, *options, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                            stderr=subprocess.PIPE, pass_fds=[status], env=self.environment, cwd="/", **self.run_as)
             finally:
                 os.close(status)
-            timer = threading.Timer(GPG_TIME, process.kill)
-            timer.start()
             with process:
                 with suppress(BrokenPipeError):  # gpg ended early; its status says why
-                    process.stdin.write(self.passphrase + data[:GPG_INPUT])
+                    process.stdin.write(self.passphrase + (data() if callable(data) else data)[:GPG_INPUT])
                     process.stdin.close()
-                output = process.stdout.read(GPG_OUTPUT)
+                while select.select([process.stdout], [], [], max(0, end - time.monotonic()))[0]:
+                    chunk = os.read(process.stdout.fileno(), 65536)
+                    output += chunk
+                    if not chunk or len(output) > GPG_OUTPUT:
+                        break
+                else:
+                    process.kill()
                 process.stdout.close()
                 lines = status_file.read(GPG_OUTPUT).decode(errors="replace").splitlines()
                 words = process.stderr.read(GPG_OUTPUT).decode(errors="replace").strip().splitlines()
-            timer.cancel()
         lines = [line.split()[1:] for line in lines if line.startswith("[GNUPG:] ")]
         if process.returncode == 0:
             return output, lines
@@ -528,7 +532,7 @@ def cmd_knock(options):
     address = "" if any(ipaddress.ip_address(transport.own) in network for network in TRANSLATED) else transport.own
 
     request = json.dumps({"to": server, "cmd": command, "ip": address}, ensure_ascii=False, separators=(",", ":"))
-    sealed, knock_id = ring.seal(hide(cover_image(covers), request.encode()), user, server), os.urandom(ID)
+    sealed, knock_id = ring.seal(lambda: hide(cover_image(covers), request.encode()), user, server), os.urandom(ID)
     size = -(-len(sealed) // count)
     if NONCE + TAG + ID + size > FRAGMENT_MAX:
         raise Fault(CONFIG, f"{len(sealed)} bytes do not fit {count} packets: use more secret_ports, or smaller keys")
