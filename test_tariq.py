@@ -8,9 +8,13 @@
 
 Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the end, also on failure.
 """
+import base64
+import collections
 import contextlib
+import ctypes
 import importlib.util
 import itertools
+import json
 import os
 import pty
 import pwd
@@ -20,6 +24,9 @@ import select
 import shlex
 import shutil
 import signal
+import socket
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2239,12 +2246,362 @@ def demo():
     return 0
 
 
+# ---- parts of both benchmarks ------------------------------------------------------------------------------------
+
+def start_tariq(lab, server, client, **settings):
+    """A server and a client who may open and close -> (Server, words of the client's command up to the host)."""
+    conf = make_server(lab, server, **settings)
+    client_conf = make_client(lab, client, server, conf, allow=("O 22", "C 22"))
+    running = Server(lab, server, conf).wait_log("listening on")
+    return running, [*PYTHON, str(lab.dir / "tariq.py"), "knock", "-c", str(client_conf)]
+
+
+def part(host, name, *arguments):
+    """A part of a benchmark (a function of this file) as a process of its own in the host's namespace."""
+    return host.popen(sys.executable, HERE / "test_tariq.py", name, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+# ---- bench latency -----------------------------------------------------------------------------------------------
+
+RATIOS = {"tariq, kernel": 0.75, "tariq, crafted": 1.6}  # wanted, to fwknop with GPG in the same run
+GIVE_UP = 5  # seconds without an open port
+
+
+def probe_once(address):
+    """Try to connect to port 22 for 1 ms, with a new socket: a SYN that meets a shut door is dropped in silence, and
+    the kernel's own repetition of it would come a second later. The door needs no more than 0.1 ms in the lab."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave nothing behind
+        sock.setblocking(False)
+        sock.connect_ex((address, 22))
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        if not poll.poll(1):
+            return False
+        if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(error, os.strerror(error))
+        return True
+
+
+def part_prober(address):
+    """In the client's namespace: for each command on stdin, the time from its start to the first connect. The prober
+    starts the command itself, so that neither its own start nor `ip netns exec` is measured."""
+    for line in sys.stdin:
+        if probe_once(address):
+            raise SystemExit("the door is open before the knock")
+        attempts, cpu, began = 0, time.process_time(), time.perf_counter()
+        command = subprocess.Popen(json.loads(line), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        is_open = False
+        while not is_open and time.perf_counter() < began + GIVE_UP:
+            is_open, attempts = probe_once(address), attempts + 1
+        took = time.perf_counter() - began
+        cpu = time.process_time() - cpu
+        words = command.communicate()[0].decode(errors="replace")
+        print(json.dumps({"ms": took * 1e3 if is_open else None, "attempts": attempts / took, "cpu": cpu / took * 100,
+                          "words": words, "exit": command.returncode}), flush=True)
+
+
+def rsa_keyring(host, home, user):
+    """A gpg home of the user's, with an RSA-2048 key (fwknop takes no newer kind) and no passphrase -> fingerprint."""
+    home.mkdir(mode=0o700)
+    os.chown(home, user, user)
+    text = ("Key-Type: RSA\nKey-Length: 2048\nKey-Usage: sign\nSubkey-Type: RSA\nSubkey-Length: 2048\n"
+            f"Subkey-Usage: encrypt\nName-Email: {home.name}@bench\n%no-protection\n%commit\n")
+    gpg = ["gpg", "--batch", "--quiet", "--homedir", home]
+    host.run(*gpg, "--gen-key", user=user, input=text, stdin=None)
+    return re.search("fpr:+(\\w+)", host.run(*gpg, "--with-colons", "--list-keys", user=user).stdout)[1]
+
+
+def trust_each_other(rings):
+    """rings: two of (host, home, user, fingerprint). Each gets the other's public key and trusts it."""
+    for mine, other in (rings, rings[::-1]):
+        host, home, user, _ = mine
+        key = other[0].run("gpg", "--homedir", other[1], "--armor", "--export", other[3], user=other[2]).stdout
+        host.run("gpg", "--batch", "--quiet", "--homedir", home, "--import", user=user, input=key, stdin=None)
+        host.run("gpg", "--batch", "--quiet", "--homedir", home, "--import-ownertrust", user=user, stdin=None,
+                 input=f"{other[3]}:6:\n")
+
+
+def start_fwknop(lab, server, client, kind, port):
+    """fwknop as its manual sets it up, defaults where there are any (it looks for packets each 0.1 s); kind: gpg or
+    rijndael -> (command, close). Each kind has its own daemon, so that neither tries the other's keys."""
+    directory, chain = lab.dir / f"fwknop-{kind}", f"FWKNOP_{kind.upper()}"
+    directory.mkdir(mode=0o711)
+    hmac_key, key = (base64.b64encode(os.urandom(size)).decode() for size in (64, 32))
+    # Rules that expire in the run would have the daemon list them while others are measured.
+    access = (f"SOURCE ANY\nREQUIRE_SOURCE_ADDRESS Y\nHMAC_KEY_BASE64 {hmac_key}\n"
+              "MAX_FW_TIMEOUT 3600\nFW_ACCESS_TIMEOUT 3600\n")
+    profile = (f"[box]\nACCESS tcp/22\nALLOW_IP {client.ip}\nSPA_SERVER {server.ip}\nSPA_SERVER_PORT {port}\n"
+               f"USE_HMAC Y\nHMAC_KEY_BASE64 {hmac_key}\n")
+    if kind == "gpg":
+        homes = directory / "server", directory / "client"
+        own, user = rsa_keyring(server, homes[0], 0), rsa_keyring(client, homes[1], NOBODY)
+        trust_each_other([(server, homes[0], 0, own), (client, homes[1], NOBODY, user)])
+        access += (f"GPG_HOME_DIR {homes[0]}\nGPG_DECRYPT_ID {own[-8:]}\nGPG_ALLOW_NO_PW Y\nGPG_REQUIRE_SIG Y\n"
+                   f"GPG_REMOTE_ID {user[-8:]}\n")
+        profile += (f"USE_GPG Y\nGPG_HOMEDIR {homes[1]}\nGPG_RECIPIENT {own[-8:]}\nGPG_SIGNER {user[-8:]}\n"
+                    "GPG_NO_SIGNING_PW Y\n")
+    else:
+        access += f"KEY_BASE64 {key}\n"
+        profile += f"KEY_BASE64 {key}\n"
+    settings = (f"PCAP_INTF eth0;\nENABLE_PCAP_PROMISC N;\nPCAP_FILTER udp port {port};\nFWKNOP_RUN_DIR {directory};\n"
+                f"IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, {chain}, 1;\n")
+    for name, text, owner in (("fwknopd.conf", settings, 0), ("access.conf", access, 0), ("fwknoprc", profile, NOBODY)):
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o600)
+        os.chown(directory / name, owner, owner)
+    with open(directory / "log", "w") as file:
+        server.popen("fwknopd", "-f", "-c", directory / "fwknopd.conf", "-a", directory / "access.conf", stdout=file,
+                     stderr=file, stdin=subprocess.DEVNULL)
+    command = ["fwknop", "--rc-file", str(directory / "fwknoprc"), "--no-save-args", "-n", "box"]
+    return command, lambda: server.run("iptables", "-F", chain)
+
+
+def start_knockd(lab, server):
+    """knockd with the example its package brings, on a chain of its own -> (command, close)."""
+    path = lab.dir / "knockd.conf"
+    server.run("iptables", "-N", "KNOCKD")
+    server.run("iptables", "-A", "INPUT", "-j", "KNOCKD")
+    path.write_text("[options]\n  logfile = /dev/null\n[open]\n  sequence = 7000,8000,9000\n  seq_timeout = 5\n"
+                    "  tcpflags = syn\n  command = /sbin/iptables -A KNOCKD -s %IP% -p tcp --dport 22 -j ACCEPT\n")
+    server.popen("knockd", "-i", "eth0", "-c", path, "-p", lab.dir / "knockd.pid", stdin=subprocess.DEVNULL,
+                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return ["knock", server.ip, "7000", "8000", "9000"], lambda: server.run("iptables", "-F", "KNOCKD")
+
+
+def latency_tools(lab, server, client):
+    """{tool: (its command, the function that shuts its door)}, or (None, None) where it is not installed."""
+    _, tariq_knock = start_tariq(lab, server, client)
+    # Every command is started by setpriv, so that its millisecond is in all the figures. Only crafted needs root.
+    as_user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    as_root = ["setpriv", "--reuid=0", "--regid=0", "--clear-groups"]
+
+    def close_tariq():  # by a knock: a flush of the chain would leave the server with doors it believes open
+        client.run(*tariq_knock, "--transport", "kernel", "box", "C", "22", user=NOBODY)
+
+    tools = {f"tariq, {kind}": (start + tariq_knock + ["--transport", kind, "box", "O", "22"], close_tariq)
+             for kind, start in (("kernel", as_user), ("crafted", as_root))}
+    starters = {"fwknop, GPG + HMAC": ("fwknopd", lambda: start_fwknop(lab, server, client, "gpg", 62201)),
+                "fwknop, Rijndael + HMAC": ("fwknopd", lambda: start_fwknop(lab, server, client, "rijndael", 62202)),
+                "knockd, no cryptography": ("knockd", lambda: start_knockd(lab, server))}
+    for tool, (program, start) in starters.items():
+        tools[tool] = (None, None)
+        if shutil.which(program):
+            command, close = start()
+            tools[tool] = (as_user + command, close)
+    return tools
+
+
+def measure_knock(prober, command):
+    """One knock, timed by the prober. A knock that fails ends the benchmark: its figure would mean nothing."""
+    print(json.dumps(command), file=prober.stdin, flush=True)
+    answer = prober.stdout.readline()
+    if not answer:
+        raise AssertionError("the prober ended: the door was open before the knock, or its words are above")
+    result = json.loads(answer)
+    if result["ms"] is None or result["exit"]:
+        raise AssertionError(f"{command}: exit {result['exit']}, no open port in {GIVE_UP} s: {result['words']}")
+    return result
+
+
+def bench_latency(rounds=20):
+    """Time from command start to the first TCP connect, every tool in each round, doors shut in between."""
+    with Lab() as lab:
+        server, client = lab.host("server", 10), lab.host("client", 20)
+        server.drop_policy()
+        start_sshd(lab, server)
+        tools = latency_tools(lab, server, client)
+        prober = part(client, "prober", server.ip)
+        time.sleep(1)  # the daemons start
+        results = {tool: [] for tool, (command, _) in tools.items() if command}
+        for number in range(rounds + 1):  # the first is the warm-up: gpg-agents start, files come into the page cache
+            for tool in results:
+                command, close = tools[tool]
+                result = measure_knock(prober, command)
+                close()
+                if number:
+                    results[tool].append(result)
+                time.sleep(0.05 + random.random() / 10)  # no tool meets its server's polling always in one phase
+
+    medians = {tool: statistics.median(result["ms"] for result in results[tool]) for tool in results}
+    base = medians.get("fwknop, GPG + HMAC")
+    print(f"\nfrom command start to the first TCP connect, {rounds} rounds; beside each command a prober sends SYNs")
+    print(f"{'tool':24} {'median':>9} {'min':>9} {'p90':>9} {'to fwknop GPG':>13} {'wanted':>6} "
+          f"{'SYN/s':>6} {'their CPU':>9}")
+    for tool, (command, _) in tools.items():
+        if not command:
+            print(f"{tool:24} not installed")
+            continue
+        times, median = [result["ms"] for result in results[tool]], medians[tool]
+        p90 = statistics.quantiles(times * 2, n=10, method="inclusive")[8]  # * 2: it needs two at least
+        rate, cpu = (statistics.mean(result[name] for result in results[tool]) for name in ("attempts", "cpu"))
+        ratio, wanted = f"{median / base:.2f}" if base else "-", f"{RATIOS[tool]}" if tool in RATIOS else ""
+        print(f"{tool:24} {median:6.1f} ms {min(times):6.1f} ms {p90:6.1f} ms {ratio:>13} {wanted:>6} "
+              f"{rate:6.0f} {cpu:7.1f} %")
+
+
+# ---- bench flood -------------------------------------------------------------------------------------------------
+
+GARBAGE = 900  # bytes of payload, as a real fragment has
+POOL = 4096  # different frames, made beforehand: making them costs more than sending them
+FLOOD_LONGEST = 240  # seconds; a sender ends by itself even when nobody stops it
+BATCH = 0.001  # seconds between bursts: a sleep for each packet would cost more than the packet
+
+
+def checksum(data):
+    """RFC 1071, of an even number of bytes."""
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~(total + (total >> 16)) & 0xFFFF
+
+
+def garbage_syn(link, source, destination, port):
+    """A SYN with random payload, right checksums (a wrong one would spare the server work): RFC 791, 9293."""
+    addresses, payload = socket.inet_aton(source) + socket.inet_aton(destination), os.urandom(GARBAGE)
+    ip = struct.pack(">BBHHHBBH", 0x45, 0, 40 + GARBAGE, random.getrandbits(16), 0x4000, 64, socket.IPPROTO_TCP, 0)
+    ip += addresses
+    ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+    tcp = struct.pack(">HHIIBBHHH", random.randint(1024, 65535), port, random.getrandbits(32), 0, 0x50, 2, 64240, 0, 0)
+    total = checksum(addresses + struct.pack(">HH", socket.IPPROTO_TCP, len(tcp) + GARBAGE) + tcp + payload)
+    return link + ip + tcp[:16] + struct.pack(">H", total) + tcp[18:] + payload
+
+
+def part_flood(link, source, destination, ports, rate):
+    """In the attacker's namespace: send garbage at a rate, until stdin ends or FLOOD_LONGEST. source: an address, or
+    'many' for a different one in each frame. sendmmsg(2) leaves a sixth more of the core to the others than send(2)."""
+    link, rate, ports = bytes.fromhex(link), int(rate), [int(port) for port in ports.split(",")]
+    sources = [source] * POOL
+    if source == "many":  # of RFC 2544's addresses, which are for benchmarks
+        sources = [f"198.18.{random.getrandbits(8)}.{random.randint(1, 254)}" for _ in range(POOL)]
+    frames = [garbage_syn(link, source, destination, port) for source, port in zip(sources, itertools.cycle(ports))]
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    sock.setsockopt(263, 20, 1)  # SOL_PACKET, PACKET_QDISC_BYPASS: straight to the driver
+    sock.bind(("eth0", 0))
+    # struct iovec and struct mmsghdr (64 bytes) on a 64-bit Linux, one of each for a frame; all frames have one size.
+    data, size = ctypes.create_string_buffer(b"".join(frames)), len(frames[0])
+    vectors = ctypes.create_string_buffer(b"".join(
+        struct.pack("QQ", ctypes.addressof(data) + size * number, size) for number in range(POOL)))
+    headers = ctypes.create_string_buffer(b"".join(
+        struct.pack("8Q", 0, 0, ctypes.addressof(vectors) + 16 * number, 1, 0, 0, 0, 0) for number in range(POOL)))
+    sendmmsg, place, sent = ctypes.CDLL(None).sendmmsg, 0, 0
+    print("ready", flush=True)
+    began = time.monotonic()
+    while (now := time.monotonic() - began) < FLOOD_LONGEST and not select.select([sys.stdin], [], [], 0)[0]:
+        due, sent = min(int(now * rate) - sent, POOL), int(now * rate)  # what a busy machine missed is not made up for
+        while due > 0:  # to the end of the pool at most; a frame that the wire does not take is skipped
+            done = max(1, sendmmsg(sock.fileno(), ctypes.byref(headers, 64 * place), min(due, POOL - place), 0))
+            place, due = (place + done) % POOL, due - done
+        time.sleep(max(0, began + now + BATCH - time.monotonic()))
+
+
+def link_state(host):
+    """What `ip` knows of the host's interface."""
+    return json.loads(host.run("ip", "-s", "-j", "link", "show", "dev", "eth0").stdout)[0]
+
+
+def dropped(host):
+    """Packets that a full receive buffer of the host's packet sockets has cost so far: ss(8), skmem."""
+    return sum(map(int, re.findall(r"skmem:\([^)]*,d(\d+)\)", host.run("ss", "-0nm").stdout)))
+
+
+def cpu_seconds(pid):
+    """utime + stime so far: proc(5). gpg and iptables are processes of their own and do not count."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rss(pid):
+    """Resident memory in MB: proc(5)."""
+    return int(re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def knock_once(client, server, knock):
+    """Open, look, close -> the time of the opening in ms, or None where it failed: a door must have been shut before,
+    the command succeed, and sshd be reached by a real connection."""
+    for _ in range(3):
+        if server.rules():
+            client.run(*knock, "C", "22", user=NOBODY, check=False)
+    if server.rules():
+        return None
+    began = time.perf_counter()
+    done = client.run(*knock, "O", "22", user=NOBODY, check=False)
+    took = (time.perf_counter() - began) * 1e3
+    return took if done.returncode == 0 and client.connects(server.ip, timeout=3) else None
+
+
+def flooded(attacker, client, server, pid, knock, source, ports, rate, knocks):
+    """Knocks during a flood -> ([ms or None], what was counted meanwhile: packets by the interfaces, seconds)."""
+    link = (link_state(server)["address"] + link_state(attacker)["address"] + "0800").replace(":", "")
+    sender = part(attacker, "flood-sender", link, source, server.ip, ports, rate)
+    sender.stdout.readline()  # its frames are made
+
+    def counters():
+        return collections.Counter(
+            sent=link_state(attacker)["stats64"]["tx"]["packets"], got=link_state(server)["stats64"]["rx"]["packets"],
+            dropped=dropped(server), listener=cpu_seconds(pid), sender=cpu_seconds(sender.pid),
+            seconds=time.monotonic())
+
+    before = counters()
+    times = [knock_once(client, server, knock) for _ in range(knocks)]
+    counted = counters() - before
+    if sender.poll() is not None:
+        print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: the next row is too good")
+    sender.stdin.close()
+    sender.wait(10)
+    return times, counted
+
+
+def bench_flood(rates=(1_000, 10_000, 50_000, 100_000), knocks=20):
+    """Knocks of an ordinary user while garbage comes in at each rate, half from one address, half from many."""
+    with Lab() as lab:
+        server, client, attacker = (lab.host(*host) for host in (("server", 10), ("client", 20), ("attacker", 30)))
+        server.drop_policy()
+        start_sshd(lab, server)
+        running, knock = start_tariq(lab, server, client)
+        knock += ["--transport", "kernel", "box"]
+        ports = re.search(r"secret_ports\s*=\s*([\d,]+)", running.conf.read_text())[1]
+        knock_once(client, server, knock)  # the warm-up
+        print(f"\n{knocks} knocks a row; opened: with garbage from one address + from {POOL}; time: start to exit;")
+        print("dropped: by the server's packet socket when its buffer was full; CPU in % of one core; memory: resident")
+        print(f"{'wanted/s':>8} {'sent/s':>8} {'got/s':>8} {'dropped':>8} {'opened':>14} {'median':>8} {'max':>8} "
+              f"{'listener':>8} {'sender':>6} {'listener, MB':>14} {'monitor, MB':>14}", flush=True)
+        for rate in rates:
+            pids = running.listener, running.process.pid
+            before = [rss(pid) for pid in pids]
+            (one, counted), (many, more) = (
+                flooded(attacker, client, server, pids[0], knock, source, ports, rate, knocks // 2)
+                for source in (attacker.ip, "many"))
+            memory = [f"{start:.1f} -> {rss(pid):.1f}" for start, pid in zip(before, pids)]
+            total = counted + more
+            sent, got, listener, sender = (
+                total[name] / total["seconds"] for name in ("sent", "got", "listener", "sender"))
+            times = [took for took in one + many if took] or [float("nan")]
+            opened = " + ".join(f"{len(half) - half.count(None)}/{len(half)}" for half in (one, many))
+            print(f"{rate:8} {sent:8.0f} {got:8.0f} {total['dropped']:8} {opened:>14} "
+                  f"{statistics.median(times):5.0f} ms {max(times):5.0f} ms {listener:8.1%} {sender:6.1%} "
+                  f"{memory[0]:>14} {memory[1]:>14}", flush=True)
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------
+
+PARTS = {"prober": part_prober, "flood-sender": part_flood}
+
+
 def main():
-    if sys.argv[1:2] == ["demo"]:
+    name, *arguments = sys.argv[1:] or ["test"]
+    if name in PARTS:
+        return PARTS[name](*arguments)
+    if name == "demo":
         return demo()
-    if sys.argv[1:2] == ["bench"]:
-        return bench(sys.argv[2:])
-    return pytest.main(["-q", __file__, *sys.argv[1:]])
+    if name == "bench":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` too shall leave no namespace behind
+        if arguments[:1] == ["latency"]:
+            return bench_latency(*map(int, arguments[1:2]))
+        if arguments[:1] == ["flood"]:
+            return bench_flood(*[tuple(map(int, arguments[1:]))] if arguments[1:] else [])
+        sys.exit(__doc__)
+    return pytest.main(["-q", "-p", "no:cacheprovider", str(HERE / "test_tariq.py"), *sys.argv[1:]])
 
 
 if __name__ == "__main__":
