@@ -11,7 +11,7 @@ The server's firewall drops everything, and the server listens on no port: it sn
       ACK + frame(HMAC-SHA256(nonce, knock id)) ---------------->   this client, alive now, at this address
       <------- segment + frame(sealed result) -------------------   policy, then act, then answer
 
-A frame is nonce(12) | tag(16) | masked data. Each has a fresh nonce, so the same bytes twice are a replay, always;
+A frame is nonce(12) | tag(16) | masked time and data. Each has a fresh nonce, so the same bytes twice are a replay, always;
 a client that repeats itself after a loss makes new frames. To seal is to sign as the sender and encrypt to the receiver.
 
 Trust boundaries:
@@ -196,7 +196,7 @@ class Keyring:
                 process.stdout.close()
                 lines = status_file.read(GPG_OUTPUT).decode(errors="replace").splitlines()
                 words = process.stderr.read(GPG_OUTPUT).decode(errors="replace").strip().splitlines()
-        lines = [line.split()[1:] for line in lines if line.startswith("[GNUPG:] ")]
+        lines = [line.split()[1:] for line in lines if re.match(r"\[GNUPG:\] \S", line)]
         if process.returncode == 0:
             return output, lines
         if not self.passphrase and any(line[0] == "FAILURE" and str(int(line[2]) & 0xFFFF) in NO_PINENTRY for line in lines):
@@ -204,7 +204,7 @@ class Keyring:
             return self.gpg(*arguments, data=data)
         if process.returncode < 0:
             words = [f"gpg was killed by signal {-process.returncode}; it has {GPG_TIME} s: is gpg-agent stuck?"]
-        raise Fault(BAD_DATA, f"{words[-1] if words else 'gpg failed'} (keyring {self.home})")
+        raise Fault(BAD_DATA, f"{'; '.join(words)[:300] or 'gpg failed'} (keyring {self.home})")
 
     def seal(self, data, signer, recipient):
         """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed."""
@@ -307,9 +307,9 @@ def reveal(png):
 
 # ---- wire: data in, frames that look random out, and back ------------------------------------------------------------
 
-NONCE, TAG, ID = 12, 16, 12  # bytes
+NONCE, TAG, STAMP, ID = 12, 16, 6, 12  # bytes; the stamp counts milliseconds since 1970
+HEAD = NONCE + TAG + STAMP  # bytes of a frame before its data
 SLOT = 60  # seconds; the slots before and after count too, so clocks may differ by a minute
-ANSWER = NONCE + TAG + ID + 32  # bytes of an answer's frame
 FRAGMENT_MAX, REPLY_MAX = 1200, 1400  # bytes of payload: a fragment passes an MTU of 1280, RSA-4096 replies one of 1500
 
 
@@ -334,9 +334,9 @@ def mask(key, label, nonce, data):
 
 
 def frame(key, label, data):
-    nonce, tag = os.urandom(NONCE), tagger(key, label)
-    masked = mask(key, label, nonce, data)
-    tag.update(nonce + masked + int(time.time() // SLOT).to_bytes(8, "big"))
+    nonce, tag, now = os.urandom(NONCE), tagger(key, label), time.time()
+    masked = mask(key, label, nonce, int(now * 1000).to_bytes(STAMP, "big") + data)
+    tag.update(nonce + masked + int(now // SLOT).to_bytes(8, "big"))
     return nonce + tag.digest() + masked
 
 
@@ -354,8 +354,8 @@ def authentic(tag, payload):
 
 def unframe(key, label, payload):
     """Payload -> data, or None where it is no authentic frame with this label."""
-    if authentic(tagger(key, label), payload):
-        return mask(key, label, payload[:NONCE], payload[NONCE + TAG:])
+    if len(payload) >= HEAD and authentic(tagger(key, label), payload):
+        return mask(key, label, payload[:NONCE], payload[NONCE + TAG:])[STAMP:]
     return None
 
 
@@ -443,38 +443,42 @@ class CraftedTransport(KernelTransport):
         self.ip = (self.scapy.IP if family == socket.AF_INET else self.scapy.IPv6)(src=self.own, dst=address[0])
         try:
             self.sockets.append(socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW))
-            self.sniffer, self.offset = packet_socket(
-                self.scapy, self.ip.route()[0], f"tcp and src host {address[0]} and src port {ports[-1]} and dst port {self.port}")
+            self.sniffer, self.offset = packet_socket(self.scapy, self.ip.route()[0],
+                                                      f"tcp and src host {address[0]} and src port {ports[-1]} and "
+                                                      f"dst portrange {self.port}-{self.port + 200}")
         except PermissionError:
             raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: use sudo, or --transport kernel") from None
         self.sockets.append(self.sniffer)
 
-    def send(self, port, flags, payload, seq, ack=0, options=()):
-        tcp = self.scapy.TCP(sport=self.port, dport=port, flags=flags, seq=seq, ack=ack, window=64240, options=list(options))
+    def send(self, payload, **fields):
+        packet = self.ip / self.scapy.TCP(window=64240, **fields) / payload
         try:
-            self.sockets[0].sendto(bytes(self.ip / tcp / payload), (self.address[0], 0, *self.address[2:]))
+            self.sockets[0].sendto(bytes(packet), (self.address[0], 0, *self.address[2:]))
         except OSError as error:
             self.trouble = error.strerror
 
     def knock(self, frames):
+        self.port += 1  # a new connection in the eyes of the firewalls on the way
         for port, payload in zip(self.ports, frames):
-            seq, *cookie = struct.unpack(">III", os.urandom(12))
-            self.send(port, "S", payload, seq, options=[("MSS", 1460), ("SAckOK", b""), ("NOP", None), ("WScale", 7),
-                                                        ("TFO", tuple(cookie)), ("NOP", None), ("NOP", None)])
+            seq, *cookie = struct.unpack(">III", os.urandom(12))  # the cookie makes data in a SYN look usual
+            self.send(payload, sport=self.port, dport=port, flags="S", seq=seq, options=[
+                ("MSS", 1460), ("SAckOK", b""), ("NOP", None), ("WScale", 7), ("TFO", tuple(cookie)), ("NOP", None), ("NOP", None)])
 
     def receive(self, timeout):
-        if not select.select([self.sniffer.ins], [], [], timeout)[0]:
-            return None
-        packet = self.sniffer.ins.recv(2048)
-        if not (span := tcp_span(packet, self.offset)):
+        span = None
+        if select.select([self.sniffer.ins], [], [], timeout)[0]:
+            packet = self.sniffer.ins.recv(2048)
+            span = tcp_span(packet, self.offset)
+        if span is None:
             return None
         tcp, start, end = span
-        seq, self.seq = struct.unpack_from(">II", packet, tcp + 4)  # what it acknowledges is what comes next
-        self.ack = (seq + (packet[tcp + 13] >> 1 & 1) + end - start) % 2**32
+        server, own_port, seq, ack = struct.unpack_from(">HHII", packet, tcp)
+        after = (seq + (packet[tcp + 13] >> 1 & 1) + end - start) % 2**32  # a SYN counts as one byte
+        self.back = {"sport": own_port, "dport": server, "flags": "PA", "seq": ack, "ack": after}
         return packet[start:end]
 
     def answer(self, payload):
-        self.send(self.ports[-1], "PA", payload, self.seq, self.ack)
+        self.send(payload, **self.back)
 
 
 def open_transport(host, family, kind, ports):
@@ -491,21 +495,6 @@ def open_transport(host, family, kind, ports):
     except (OSError, UnicodeError) as error:
         trouble = error
     raise Fault(NO_ANSWER, f"{printable(host)}: {getattr(trouble, 'strerror', 'no host name')}")
-
-
-def converse(send, receive, accept, seconds):
-    """Send, and again at growing intervals, until `accept` makes something of a payload: the client alone drives the
-    exchange through losses. Returns what was made, or None after so many seconds."""
-    wait, until = WAIT, time.monotonic() + seconds
-    while time.monotonic() < until:
-        send()
-        again = min(until, time.monotonic() + wait * (0.75 + os.urandom(1)[0] / 512))
-        wait = min(wait * GROWTH, LONGEST)
-        while (left := again - time.monotonic()) > 0:
-            payload = receive(left)
-            if payload and (accepted := accept(payload)):
-                return accepted
-    return None
 
 
 def cmd_knock(options):
@@ -534,24 +523,12 @@ def cmd_knock(options):
     request = json.dumps({"to": server, "cmd": command, "ip": address}, ensure_ascii=False, separators=(",", ":"))
     sealed, knock_id = ring.seal(lambda: hide(cover_image(covers), request.encode()), user, server), os.urandom(ID)
     size = -(-len(sealed) // count)
-    if NONCE + TAG + ID + size > FRAGMENT_MAX:
+    if HEAD + ID + size > FRAGMENT_MAX:
         raise Fault(CONFIG, f"{len(sealed)} bytes do not fit {count} packets: use more secret_ports, or smaller keys")
     step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
 
-    def send_knock():
-        transport.knock([frame(key, fragment_label(position, count), knock_id + sealed[position * size:(position + 1) * size])
-                         for position in range(count)])
-        step(f"{count} fragments sent to {transport.address[0]} by {type(transport).__name__}")
-
-    def send_answer():
-        transport.answer(frame(key, b"answer", knock_id + hmac.digest(nonce, knock_id, "sha256")))
-        step("answer sent")
-
-    def accept(label, payload):
-        """What this server sealed for this knock, or None. What another key sealed ends the knock."""
-        data = unframe(key, label, payload)
-        if data is None:
-            return None
+    def unseal(data):
+        """What the server, and nobody else, sealed for this knock; None for another."""
         try:
             signer, plain = ring.unseal(data, user)
         except Fault as fault:
@@ -560,21 +537,40 @@ def cmd_knock(options):
             raise Fault(WRONG_SERVER, f"the answer is signed by {signer}, not by server_key {server}")
         return plain[ID:] if hmac.compare_digest(plain[:ID], knock_id) else None
 
+    # The client alone drives the exchange through losses: it repeats its knock until the result is there. The server answers
+    # with the challenge, or with the result as soon as it has one, and acts once.
+    challenge, result, wait, until = None, None, WAIT, time.monotonic() + options.timeout
     try:
-        challenge = converse(send_knock, transport.receive, lambda payload: accept(b"challenge", payload), options.timeout)
-        if not challenge:
-            raise Fault(NO_ANSWER, f"no answer from {options.host} in {options.timeout} s: wrong secret_ports or secret, a clock "
-                        "more than a minute off, a key that the server does not know, no server, or a firewall on the way"
-                        + (f" ({transport.trouble})" if transport.trouble else ""))
-        nonce, patience, seen = challenge[:32], challenge[32], printable(challenge[33:].decode(errors="replace"))
-        step(f"challenge sealed by {server}: it is the server, and it sees this client at {seen}")
-        if address and seen != address:
-            raise Fault(WRONG_SERVER, f"the server sees {seen}, but this machine is {address}: someone relays the knock")
-        result = converse(send_answer, transport.receive, lambda payload: accept(b"result", payload), options.timeout + patience)
-        if not result:
-            raise Fault(NO_ANSWER, f"{options.host} sent a challenge but no result in {options.timeout + patience} s: knock again")
+        while not result and time.monotonic() < until:
+            transport.knock([frame(key, fragment_label(position, count), knock_id + sealed[position * size:(position + 1) * size])
+                             for position in range(count)])
+            step(f"{count} fragments sent to {transport.address[0]} by {type(transport).__name__}")
+            again = min(until, time.monotonic() + wait * (0.75 + os.urandom(1)[0] / 512))
+            wait = min(wait * GROWTH, LONGEST)
+            while not result and (left := again - time.monotonic()) > 0:
+                payload = transport.receive(left) or b""
+                if data := unframe(key, b"result", payload):
+                    result = unseal(data)
+                elif data := unframe(key, b"challenge", payload):
+                    if not challenge:
+                        challenge = unseal(data)
+                        if not challenge:
+                            continue
+                        seen = printable(challenge[33:].decode(errors="replace"))
+                        step(f"challenge sealed by {server}: it is the server, and it sees this client at {seen}")
+                        if address and seen != address:
+                            raise Fault(WRONG_SERVER, f"the server sees {seen}, but this machine is {address}: someone relays the knock")
+                        until = time.monotonic() + options.timeout + challenge[32]
+                    transport.answer(frame(key, b"answer", knock_id + hmac.digest(challenge[:32], knock_id, "sha256")))
+                    step("answer sent")
     finally:
         transport.close()
+    if not challenge:
+        raise Fault(NO_ANSWER, f"no answer from {options.host} in {options.timeout} s: wrong secret_ports or secret, a clock "
+                    "more than a minute off, a key that the server does not know, no server, or a firewall on the way"
+                    + (f" ({transport.trouble})" if transport.trouble else ""))
+    if not result:
+        raise Fault(NO_ANSWER, f"{options.host} sent a challenge but no result in {options.timeout + challenge[32]} s: knock again")
     step("result received")
     done, status, text = result[0], result[1], result[2:]
     if not done:
@@ -638,7 +634,7 @@ class Listener:
         self.last, self.labels = count - 1, [fragment_label(position, count) for position in range(count)] + [b"answer"]
         self.positions = {port.to_bytes(2, "big"): position for position, port in enumerate(settings.ports)}
         self.taggers = [tagger(settings.key, label) for label in self.labels]
-        self.seen, self.knocks, self.jobs = OrderedDict(), {}, queue.SimpleQueue()
+        self.seen, self.knocks, self.jobs, self.began = OrderedDict(), {}, queue.SimpleQueue(), time.time() * 1000
 
     # ==== unauthenticated bytes: from here ====
     def gate(self, packet):
@@ -650,18 +646,20 @@ class Listener:
         tcp, start, end = span
         position, flags = self.positions.get(packet[tcp + 2:tcp + 4]), packet[tcp + 13] & 0x17  # ACK, RST, SYN, FIN
         if position == self.last and flags == 0x10:
-            position, payload = position + 1, packet[max(start, end - ANSWER):end]  # a kernel may join repeated answers
-        elif position is not None and flags == 0x02:
-            payload = packet[start:end]
-        else:
+            position += 1
+        elif position is None or flags != 0x02:
             return None
+        payload = packet[start:end]
         nonce = payload[:NONCE]
-        if len(payload) < NONCE + TAG + ID or not authentic(self.taggers[position], payload) or nonce in self.seen:
+        if len(payload) < HEAD + ID or not authentic(self.taggers[position], payload) or nonce in self.seen:
             return None
         self.seen[nonce] = None
         if len(self.seen) > SEEN_MAX:
             self.seen.popitem(last=False)
-        return position, mask(self.settings.key, self.labels[position], nonce, payload[NONCE + TAG:]), start, end
+        data = mask(self.settings.key, self.labels[position], nonce, payload[NONCE + TAG:])
+        if int.from_bytes(data[:STAMP], "big") <= self.began <= time.time() * 1000:
+            return None  # from before this process, which does not know what was seen then
+        return position, data[STAMP:], start, end
     # ==== to here. The sender of what passed has the secret; who it is, gpg says. ====
 
     def run(self):
@@ -695,7 +693,7 @@ class Listener:
             if len(knock.pieces) > self.last and len(at_work) < WORKERS_EACH:
                 knock.state = "working"
                 self.queue(knock)
-        elif knock.state == "challenged" and position == self.last:
+        elif position == self.last and address == knock.address and knock.state in ("challenged", "done"):
             self.queue(knock)
 
     def new_knock(self, knock_id, owner):
@@ -767,7 +765,7 @@ class Listener:
         knock.signer, knock.command, knock.nonce, knock.pieces = signer, command, os.urandom(32), {}
         plain = knock.id + knock.nonce + bytes([patience]) + seen.encode()
         knock.challenge = self.ring.seal(plain, own, signer)
-        knock.room = max(RESULT_LEAST, FRAGMENT_MAX - NONCE - TAG - len(knock.challenge) + len(plain))
+        knock.room = max(RESULT_LEAST, FRAGMENT_MAX - HEAD - len(knock.challenge) + len(plain))
         knock.deadline, knock.state = time.monotonic() + ANSWER_TIME, "challenged"
 
     def seal_result(self, knock):
@@ -908,28 +906,26 @@ class Monitor:
 
     def open(self, ip, port):
         """One rule for one address and port, with its end; opened again, a new end. Returns the end (seconds since 1970)."""
-        until = min(FOREVER, int(time.time()) + self.open_timeout) if self.open_timeout else FOREVER
-        if len(self.doors) >= DOORS_MAX and (ip, port) not in self.doors:
+        self.close(ip, port)
+        if len(self.doors) >= DOORS_MAX:
             raise Fault(SYSTEM, f"{DOORS_MAX} doors are open: no more until one closes")
-        rule, (old, _) = self.rule(ip, port, until), self.doors.get((ip, port), (None, 0))
+        until = min(FOREVER, int(time.time()) + self.open_timeout) if self.open_timeout else FOREVER
+        rule = self.rule(ip, port, until)
         iptables(ip, *rule)
         self.doors[ip, port] = rule, time.monotonic() + self.open_timeout if until < FOREVER else float("inf")
-        if old:
-            self.remove(ip, old)
         return until
 
     def close(self, ip, port):
         """Whether the door was open; it is closed now. Raises Fault, and keeps the door in mind then."""
-        if (ip, port) in self.doors:
-            self.remove(ip, self.doors[ip, port][0])
-        return bool(self.doors.pop((ip, port), None))
-
-    def remove(self, ip, rule):
+        if (ip, port) not in self.doors:
+            return False
         try:
-            iptables(ip, "-D", *rule[1:])
+            iptables(ip, "-D", *self.doors[ip, port][0][1:])
         except Fault as fault:
             if "does a matching rule exist" not in str(fault):  # if it does not, somebody flushed the chain: closed is closed
                 raise
+        del self.doors[ip, port]
+        return True
 
     def close_expired(self):
         """Take out rules that the kernel has closed already, unless the wall clock was put back: monotonic time decides."""
@@ -1064,7 +1060,7 @@ class Monitor:
 
     def serve(self):
         """Until a signal ends it: the listener's messages, expired doors, and an interface that comes and goes."""
-        listening = None
+        listening = 0
         while True:
             try:
                 wanted = socket.if_nametoindex(self.settings.interface), vars(self.settings)
@@ -1078,7 +1074,7 @@ class Monitor:
                 raise Fault(SYSTEM, "packet sockets need CAP_NET_RAW and CAP_NET_ADMIN") from None
             except OSError as error:
                 if listening != error.errno:
-                    log(f"{self.settings.interface}: {error.strerror}: waiting for the interface", 4)
+                    log(f"{self.settings.interface}: {error.strerror or error}: waiting for the interface", 4)
                 listening = error.errno
             if self.channel is None:
                 time.sleep(1)

@@ -10,6 +10,7 @@ Everything runs in namespaces named tq-PID-..., on documentation addresses, and 
 """
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import importlib.util
@@ -30,6 +31,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,11 +210,11 @@ def make_client(lab, client, server, server_conf, user="me@laptop", allow=("O 22
 class Server:
     """A running `tariq.py server`, with its log."""
 
-    def __init__(self, lab, host, conf, program="tariq.py"):
+    def __init__(self, lab, host, conf, program="tariq.py", prefix=()):
         self.lab, self.host, self.conf = lab, host, conf
         self.path = lab.dir / f"server-{next(lab.count)}.log"
         with open(self.path, "w") as file:
-            self.process = host.popen(*PYTHON, lab.dir / program, "server", "-c", conf, stdin=subprocess.DEVNULL,
+            self.process = host.popen(*prefix, *PYTHON, lab.dir / program, "server", "-c", conf, stdin=subprocess.DEVNULL,
                                       stdout=file, stderr=file)
         lab.undo.callback(self.kill)
 
@@ -421,7 +423,7 @@ KEY = bytes(range(32))
 def test_a_frame_opens_with_its_own_key_and_label_only():
     for data in (b"", b"x", os.urandom(1160)):
         framed = tariq.frame(KEY, b"knock 0/5", data)
-        assert len(framed) == 28 + len(data)
+        assert len(framed) == 34 + len(data)
         assert tariq.unframe(KEY, b"knock 0/5", framed) == data
         assert tariq.unframe(KEY, b"knock 1/5", framed) is None
         assert tariq.unframe(bytes(32), b"knock 0/5", framed) is None
@@ -617,7 +619,9 @@ CASES = int(os.environ.get("TARIQ_FUZZ_CASES", 200_000))
 
 def bare_listener(ports=(1000, 2000, 3000, 4000, 5000)):
     settings = SimpleNamespace(ports=ports, key=KEY, interface="none")
-    return tariq.Listener(settings, None, None, None, 14, None)
+    listener = tariq.Listener(settings, None, None, None, 14, None)
+    listener.began = 0  # frames of this very second are good
+    return listener
 
 
 def syn(ports, position, payload, flags=2, version=4, options=b""):
@@ -644,11 +648,25 @@ def test_the_gate_passes_a_fragment_once_and_at_its_own_port_only():
             assert listener.gate(packet) is None, "the same bytes twice are a replay"
 
 
-def test_the_gate_takes_the_last_of_joined_answers():
+def test_answers_pass_the_gate_at_the_last_port_only():
     listener = bare_listener()
-    one, two = (tariq.frame(KEY, b"answer", b"i" * 12 + bytes([n]) * 32) for n in (1, 2))
-    assert listener.gate(syn(listener.settings.ports, 4, one + two, flags=0x18))[:2] == (5, b"i" * 12 + b"\2" * 32)
-    assert listener.gate(syn(listener.settings.ports, 0, one, flags=0x18)) is None
+    framed = tariq.frame(KEY, b"answer", b"i" * 12 + bytes(32))
+    for position in range(4):
+        assert listener.gate(syn(listener.settings.ports, position, framed, flags=0x18)) is None
+    assert listener.gate(syn(listener.settings.ports, 4, framed, flags=0x18))[:2] == (5, b"i" * 12 + bytes(32))
+
+
+def test_frames_from_before_the_listener_began_are_refused(monkeypatch):
+    """Its memory of what was seen began with it: a recording could pass for new."""
+    listener, now = bare_listener(), tariq.time.time()
+    listener.began = now * 1000
+    for age, good in ((0.01, False), (30, False), (-0.01, True)):
+        monkeypatch.setattr(tariq.time, "time", lambda: now - age)
+        packet = syn(listener.settings.ports, 0, tariq.frame(KEY, b"knock 0/5", b"i" * 12))
+        monkeypatch.setattr(tariq.time, "time", lambda: now + 2)
+        assert bool(listener.gate(packet)) is good
+    monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
+    assert listener.gate(syn(listener.settings.ports, 0, tariq.frame(KEY, b"knock 0/5", b"i" * 12)))
 
 
 def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
@@ -1428,7 +1446,8 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
     text = box.conf.read_text()
 
     def variant(old, new, mode=0o600):
-        path = box.conf.parent / "variant.conf"
+        path = box.lab.dir / "variant" / "variant.conf"
+        path.parent.mkdir(exist_ok=True)
         assert old in text
         path.write_text(text.replace(old, new))
         path.chmod(mode)
@@ -1491,6 +1510,785 @@ def test_the_server_warns_where_nothing_is_hidden(box):
     server = Server(box.lab, box.other, conf).wait_log("listening on")
     assert "iptables: INPUT has a REJECT rule" in server.log and server.stop() == 0
     box.other.run("iptables", "-F", "INPUT")
+
+
+# ---- nothing an attacker sends matters, nor what breaks: privileges, deadlines, loss, replays at scale, faults ------------
+
+NO_ANSWER, SYSTEM, DIED = 75, 71, 70  # tariq.py --help
+HARMLESS = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+
+
+@pytest.fixture(scope="module")
+def place():
+    """A server with sshd behind a closed firewall, an enrolled client, and a third host; no Tariq server runs yet."""
+    with Lab() as lab:
+        server, client, other = lab.host("server", 10), lab.host("client", 20), lab.host("other", 30)
+        for host in server, client, other:  # what a kernel says of itself now and then would count as a packet sent
+            host.run("sysctl", "-qw", "net.ipv6.conf.all.router_solicitations=0", "net.ipv6.conf.eth0.router_solicitations=0")
+        server.drop_policy()
+        start_sshd(lab, server)
+        conf = make_server(lab, server)
+        client_conf = make_client(lab, client, server, conf, allow=("O *", "C *", "E echo *"))
+        text = client_conf.read_text()
+        section = text[text.index("[box]"):]
+        client_conf.write_text(f"{text}\n{section.replace('[box]', '[box6]').replace(server.ip, server.ip6)}")
+        yield SimpleNamespace(lab=lab, server=server, client=client, other=other, conf=conf, client_conf=client_conf)
+
+
+def variant(place, **settings):
+    """The server's config with other settings; returns its path."""
+    text = place.conf.read_text()
+    for key, value in settings.items():
+        text = re.sub(rf"(?m)^{key} = .*\n", "", text).replace("[server]\n", f"[server]\n{key} = {value}\n")
+    path = place.conf.with_name(f"tariq-{next(place.lab.count)}.conf")
+    path.touch(0o600)
+    path.write_text(text)
+    return path
+
+
+@contextlib.contextmanager
+def serving(place, prefix=(), ready="listening on", **settings):
+    """A server meanwhile. However the test treated it: no traceback, and a clean end where it still runs."""
+    server = Server(place.lab, place.server, variant(place, **settings), prefix=prefix)
+    try:
+        yield server.wait_log(ready)
+        if server.process.poll() is None:
+            assert server.stop() == 0
+            assert place.server.rules() == place.server.rules(ip6=True) == []
+        assert "Traceback" not in server.log
+    except BaseException:
+        print(server.log, file=sys.stderr)
+        raise
+    finally:
+        server.kill()
+
+
+def attempt(place, *words, transport="kernel", host="box", timeout=10, prefix=(), by=None):
+    """Knock: kernel transport as nobody, crafted as root. Returns the finished process."""
+    return (by or place.client).run(*prefix, *PYTHON, place.lab.dir / "tariq.py", "knock", "-c", place.client_conf, "-t", timeout,
+                                   "--transport", transport, host, *words, check=False, env=HARMLESS,
+                                   user=NOBODY if transport == "kernel" else None)
+
+
+def opens(place, *words, **options):
+    """Knock, insist that it worked, return what was printed."""
+    words = words or ("O", "22")
+    done = attempt(place, *words, **options)
+    assert done.returncode == 0, f"{words}: exit {done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def eventually(condition, timeout=5):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def alive(pid):
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descriptors(pid):
+    """{number: what it is} of a process's open files."""
+    links = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
+    return links
+
+
+def rmem(pid):
+    """Bytes that wait in the packet sockets of a process, one number a socket."""
+    inodes = {link[8:-1] for link in descriptors(pid).values() if link.startswith("socket:")}
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/packet").read_text().splitlines()[1:]]
+    return [int(row[6]) for row in rows if row[8] in inodes]
+
+
+@contextlib.contextmanager
+def captured(host, *words):
+    """What tcpdump sees on a host's eth0 meanwhile: a list of (time, frame), complete at the end."""
+    packets, path = [], host.lab.dir / f"capture-{next(host.lab.count)}.pcap"
+    process = host.popen("tcpdump", "-i", "eth0", "-n", "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-w", path, *words,
+                         stderr=subprocess.PIPE)
+    assert "listening on" in process.stderr.readline()
+    try:
+        yield packets
+        time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    data, at = path.read_bytes(), 24
+    while at < len(data):
+        seconds, micros, size, _ = struct.unpack_from("<IIII", data, at)
+        packets.append((seconds + micros / 1e6, data[at + 16:at + 16 + size]))
+        at += 16 + size
+
+
+def connection_times(address):
+    """A program that tries an SSH connection each 50 ms until argv[1], and prints when and with what success."""
+    return ("import socket, sys, time\n"
+            "while time.time() < float(sys.argv[1]):\n"
+            "    start = time.time()\n"
+            "    try:\n"
+            f"        with socket.create_connection(({address!r}, 22), 0.2) as sock:\n"
+            "            good = sock.recv(4) == b'SSH-'\n"
+            "    except OSError:\n"
+            "        good = False\n"
+            "    print(start, time.time(), int(good), flush=True)\n"
+            "    time.sleep(0.05)\n")
+
+
+HOLD = """
+import socket, sys
+sock = socket.create_connection((sys.argv[1], 22), 2)
+print(sock.recv(100), flush=True)
+sys.stdin.readline()
+sock.settimeout(5)
+sock.sendall(b"SSH-2.0-held\\r\\n")
+print(len(sock.recv(4096)), flush=True)  # the key exchange's first message
+"""
+
+
+@contextlib.contextmanager
+def held_connection(place):
+    """A connection made now; at the end, data goes both ways over it."""
+    process = place.client.popen(sys.executable, "-c", HOLD, place.server.ip, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert "SSH-" in process.stdout.readline()
+    yield
+    assert not place.client.connects(place.server.ip), "the door is still open: the connection outlives nothing"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert int(process.stdout.readline()) > 100
+
+
+def deadline_of(printed):
+    """'opened ... until 08:24:33Z' -> seconds since the epoch."""
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    stamp = time.strptime(f"{today} {re.search(r'until ([0-9:]+)Z', printed)[1]} UTC", "%Y-%m-%d %H:%M:%S %Z")
+    import calendar
+    return calendar.timegm(stamp)
+
+
+# ---- the network never talks to root (DESIGN 1.3) --------------------------------------------------------------------
+
+@needs_root
+def test_the_listener_holds_no_privilege_and_one_packet_socket(place):
+    with serving(place) as server:
+        opens(place, "E", "echo", "warm")  # what a knock leaves behind counts too
+        owner, pid = pwd.getpwnam("tariq"), server.listener
+        assert eventually(lambda: not Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        for thread in Path(f"/proc/{pid}/task").iterdir():  # credentials are each thread's own
+            status = dict(line.split(":\t") for line in (thread / "status").read_text().splitlines() if ":\t" in line)
+            assert status["Uid"].split() == [str(owner.pw_uid)] * 4 and owner.pw_uid != 0
+            assert status["Gid"].split() == [str(owner.pw_gid)] * 4 and owner.pw_gid != 0
+            assert status["Groups"].split() == []
+            assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+            assert status["NoNewPrivs"] == "1"
+        links = descriptors(pid)
+        extra = sorted(link for fd, link in links.items() if fd > 2)
+        assert len(extra) == 2 and all(link.startswith("socket:") for link in extra), links
+        assert len(rmem(pid)) == 1, "one of them is a packet socket"
+        unix = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()]
+        ours = [row for row in unix if f"socket:[{row[6]}]" in extra]
+        assert len(ours) == 1 and len(ours[0]) == 7, "the other is a nameless end of a socketpair"
+
+
+@needs_root
+def test_the_listeners_user_reaches_nothing_of_roots(place):
+    with serving(place) as server:
+        opens(place)
+        user, monitor = pwd.getpwnam("tariq").pw_uid, server.process.pid
+        for argv in (["cat", server.conf], ["cat", "/etc/shadow"], ["touch", server.conf.with_name("new")],
+                     ["touch", "-c", place.lab.dir / "tariq.py"], ["iptables", "-n", "-L", "tariq"],
+                     ["iptables", "-A", "tariq", "-j", "ACCEPT"], ["nft", "list", "ruleset"], ["kill", "-0", monitor],
+                     ["cat", f"/proc/{monitor}/environ"], ["ls", f"/proc/{monitor}/fd"], ["ls", f"/proc/{server.listener}/fd"],
+                     ["ip", "link", "set", "eth0", "promisc", "on"]):
+            locked_up = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", *argv]
+            assert place.server.run(*locked_up, user=user, check=False).returncode != 0, argv
+        assert place.server.run("cat", server.conf).stdout and len(place.server.rules()) == 1  # the tests' own test
+
+
+@needs_root
+def test_no_socket_listens_and_the_interface_is_not_promiscuous(place):
+    def listening():
+        return sorted(re.sub(r"\s+", " ", line) for line in place.server.run("ss", "-H", "-lntu").stdout.splitlines())
+
+    before = listening()
+    assert len(before) == 2, "sshd, IPv4 and IPv6"
+    with serving(place) as server:
+        opens(place)
+        assert listening() == before
+        ours = [f"pid={pid}," for pid in (server.process.pid, server.listener)]
+        lines = place.server.run("ss", "-H", "-l", "-n", "-p").stdout.splitlines()
+        kinds = {line.split()[0] for line in lines if any(pid in line for pid in ours)}
+        assert kinds <= {"p_raw", "p_dgr"}, kinds
+        link = place.server.run("ip", "-d", "link", "show", "eth0").stdout
+        assert "PROMISC" not in link and "promiscuity 0" in link
+
+
+@needs_root
+def test_a_killed_listener_closes_every_door_and_ends_the_server(place):
+    with serving(place) as server:
+        opens(place), opens(place, host="box6")
+        assert place.server.rules() and place.server.rules(ip6=True)
+        os.kill(server.listener, signal.SIGKILL)
+        assert server.process.wait(5) == DIED
+        assert place.server.rules() == place.server.rules(ip6=True) == []
+        assert "listener died" in server.log
+        assert not place.client.connects(place.server.ip)
+
+
+# ---- nothing stays open by accident (DESIGN 1.5) ---------------------------------------------------------------------
+
+@needs_root
+@pytest.mark.parametrize("killed", ["monitor", "both processes"])
+def test_doors_close_at_their_deadline_to_the_second_when_killed(place, killed):
+    with serving(place, open_timeout=3) as server:
+        listener = server.listener
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            printed = list(pool.map(lambda host: opens(place, host=host), ["box", "box6"]))
+            if killed != "monitor":
+                os.kill(listener, signal.SIGSTOP)  # so that it cannot mend anything between the two signals
+            server.process.kill()
+            server.process.wait()
+            if killed != "monitor":
+                os.kill(listener, signal.SIGKILL)
+            assert eventually(lambda: not alive(listener), 1), "the listener outlives the monitor"
+            deadlines = [deadline_of(text) for text in printed]
+            with held_connection(place):
+                probes = [place.client.popen(sys.executable, "-c", connection_times(address), deadline + 1.9, stdout=subprocess.PIPE)
+                          for address, deadline in zip((place.server.ip, place.server.ip6), deadlines)]
+                outputs = [probe.communicate(timeout=20)[0] for probe in probes]
+        for output, deadline in zip(outputs, deadlines):
+            tries = [tuple(map(float, line.split())) for line in output.splitlines()]
+            before = [good for _, end, good in tries if end < deadline + 0.95]  # a rule holds to the end of its last second
+            after = [good for start, _, good in tries if start > deadline + 1.05]
+            assert len(before) > 10 and all(before), (deadline, tries)
+            assert len(after) >= 2 and not any(after), (deadline, tries)
+        assert place.server.rules() and place.server.rules(ip6=True), "the rules are there still: it was the kernel that closed"
+
+
+@needs_root
+def test_a_restart_begins_with_an_empty_chain(place):
+    with serving(place, open_timeout=3600) as server:
+        opens(place), opens(place, host="box6")
+        os.kill(server.listener, signal.SIGSTOP)
+        listener = server.listener
+        server.process.kill()
+        server.process.wait()
+        os.kill(listener, signal.SIGKILL)
+        assert place.client.connects(place.server.ip) and place.client.connects(place.server.ip6)
+    with serving(place):
+        assert place.server.rules() == place.server.rules(ip6=True) == []
+        assert not place.client.connects(place.server.ip) and not place.client.connects(place.server.ip6)
+
+
+@needs_root
+def test_without_open_timeout_a_door_stays_until_closed_and_its_connections_outlive_it(place):
+    with serving(place, open_timeout=0):
+        assert "until closed" in opens(place)
+        assert "--datestop 2038-01-19T03:14:07" in place.server.rules()[0]
+        time.sleep(2)  # the monitor looks for expired doors each second
+        with held_connection(place):
+            assert "closed tcp/22" in opens(place, "C", "22")
+            assert place.server.rules() == []
+
+
+# ---- loss and disorder -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def far(place):
+    """Three clients behind a router that drops every fifth packet, each way."""
+    lab, router = place.lab, place.lab.host("router", 1)
+    clients = [Host(lab, f"far{number}", 2, prefix=f"10.9.{number}") for number in range(3)]
+    for number, client in enumerate(clients):
+        port = f"eth{number + 1}"
+        sh("ip", "link", "add", port, "netns", router.netns, "type", "veth", "peer", "name", "eth0", "netns", client.netns)
+        for host, interface, address in (router, port, f"10.9.{number}.1/24"), (client, "eth0", f"{client.ip}/24"):
+            sh("ip", "-n", host.netns, "addr", "add", address, "dev", interface)
+            sh("ip", "-n", host.netns, "link", "set", interface, "up")
+        sh("ip", "-n", client.netns, "route", "add", "default", "via", f"10.9.{number}.1")
+    sh("ip", "-n", place.server.netns, "route", "add", "10.9.0.0/16", "via", router.ip)
+    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    for side in "-i", "-o":
+        router.run("iptables", "-A", "FORWARD", side, "eth0", "-m", "statistic", "--mode", "random", "--probability", "0.2", "-j", "DROP")
+    yield clients, router
+    sh("ip", "-n", place.server.netns, "route", "del", "10.9.0.0/16", check=False)  # an interface that went took it along
+
+
+@needs_root
+@pytest.mark.parametrize("transport, first", [("kernel", 2000), ("crafted", 3000)])
+def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(place, far, transport, first):
+    clients, router = far
+    router.run("iptables", "-Z", "FORWARD")
+
+    def one(port):
+        start = time.monotonic()
+        done = attempt(place, "O", port, transport=transport, by=clients[port % len(clients)])
+        return port, done.returncode, time.monotonic() - start, done.stderr
+
+    ports = range(first, first + 50)  # a port for each knock: its rule tells whose it is
+    with serving(place) as server, concurrent.futures.ThreadPoolExecutor(12) as pool:
+        results = list(pool.map(one, ports))
+        drops = [int(line.split()[0]) for line in router.run("iptables", "-nvxL", "FORWARD").stdout.splitlines() if "DROP" in line]
+        assert len(drops) == 2 and min(drops) > 8, f"the network lost too little to prove anything: {drops}"
+        good = {port for port, status, seconds, _ in results if status == 0 and seconds < 10}
+        assert len(good) >= 48, [result for result in results if result[0] not in good]
+        rules = [(int(re.search(r"--dport (\d+)", rule)[1]), re.search(r"-s (\S+)/32 ", rule)[1]) for rule in place.server.rules()]
+        opened = {port for port, _ in rules}
+        assert len(rules) == len(opened), "a door has two rules"
+        assert all(address == clients[port % len(clients)].ip for port, address in rules)
+        assert good <= opened <= set(ports)  # a knock whose client gave up may have opened its door: nothing else may
+        for port in ports:
+            assert server.log.count(f"O {port}/tcp: opened") == (port in opened), "a repeated answer opened twice"
+
+
+@needs_root
+@pytest.mark.parametrize("lost", ["first fragment", "last fragment", "challenge", "answer", "result"])
+def test_a_knock_survives_the_loss_of_any_one_packet(place, far, lost):
+    clients, router = far
+    ports = re.search(r"(?m)^secret_ports = (.*)", place.conf.read_text())[1].replace(" ", "").split(",")
+
+    def one(client, transport):
+        away, back = ["-s", client.ip, "-p", "tcp"], ["-d", client.ip, "-p", "tcp"]
+        rule = {"first fragment": [*away, "--syn", "--dport", ports[0]], "last fragment": [*away, "--syn", "--dport", ports[-1]],
+                "challenge": [*back, "--tcp-flags", "SYN,ACK", "SYN,ACK"], "result": [*back, "--tcp-flags", "SYN", "NONE"],
+                "answer": [*away, "--tcp-flags", "SYN,RST,ACK", "ACK", "-m", "length", "--length", "100:"]}[lost]
+        rule += ["-m", "statistic", "--mode", "nth", "--every", "100000", "--packet", "0", "-j", "DROP"]
+        router.run("iptables", "-w", "-I", "FORWARD", *rule)
+        try:
+            return transport, attempt(place, "O", "22", transport=transport, by=client)
+        finally:
+            counters = router.run("iptables", "-w", "-nvxL", "FORWARD").stdout
+            router.run("iptables", "-w", "-D", "FORWARD", *rule)
+            assert [line.split()[0] for line in counters.splitlines() if client.ip in line and "100000" in line] == ["1"], counters
+
+    with serving(place) as server:
+        for side in "-i", "-o":  # no other losses
+            router.run("iptables", "-I", "FORWARD", side, "eth0", "-j", "ACCEPT")
+        try:
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                for transport, done in pool.map(one, clients, ("kernel", "crafted")):
+                    assert done.returncode == 0, f"{transport}: {done.stderr}"
+        finally:
+            for side in "-i", "-o":
+                router.run("iptables", "-D", "FORWARD", side, "eth0", "-j", "ACCEPT")
+        assert server.log.count(": opened") == len(place.server.rules()) == 2, "something happened twice"
+
+
+@needs_root
+def test_repeats_come_at_growing_intervals_that_no_two_knocks_share(place):
+    """Four knocks at an address where nobody is: the clients' repeats are all that drives them."""
+    silent = place.lab.host("silent", 77)
+    for program in "iptables", "ip6tables":
+        silent.run(program, "-A", "INPUT", "-p", "tcp", "-j", "DROP")
+    text = place.client_conf.read_text()
+    section = text[text.index("[box]"):text.index("[box6]")]
+    if "[silent]" not in text:
+        place.client_conf.write_text(text + "\n".join(
+            f"\n{section.replace('[box]', f'[{name}]').replace(place.server.ip, address)}"
+            for name, address in (("silent", silent.ip), ("silent6", silent.ip6))))
+    first = int(re.search(r"secret_ports = (\d+)", section)[1])
+    with captured(silent, "tcp", "dst", "port", first) as packets, concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = [pool.submit(attempt, place, "O", "22", host=host, transport=transport, timeout=4, by=by)
+                for by in (place.client, place.other) for host, transport in (("silent", "kernel"), ("silent6", "crafted"))]
+        assert [run.result().returncode for run in runs] == [NO_ANSWER] * 4
+    starts = {}
+    for stamp, frame in packets:
+        source = frame[26:30] if frame[12:14] == b"\x08\x00" else frame[22:38]
+        starts.setdefault(source, []).append(stamp)
+    assert len(starts) == 4
+    intervals = [[later - earlier for earlier, later in zip(times, times[1:])] for times in starts.values()]
+    for waits in intervals:
+        assert 5 <= len(waits) <= 20, waits
+        assert sum(waits[-2:]) > 1.2 * sum(waits[:2]), f"the waits do not grow: {waits}"
+    for turn in range(3):  # without jitter, they differ by what the scheduler does: a few milliseconds
+        waits = [waits[turn] for waits in intervals]
+        assert max(waits) - min(waits) > 0.015, f"the waits are not jittered: {waits}"
+
+
+# ---- replays -----------------------------------------------------------------------------------------------------------
+
+REPLAY = """
+import socket, sys
+frames = [bytes.fromhex(line) for line in sys.stdin]
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+sock.bind(("eth0", 0))
+for number in range(int(sys.argv[1])):
+    sock.send(frames[number % len(frames)])
+"""
+SHIFTED = """
+import os, runpy, sys, time
+clock, path, sys.argv, read_at, shift = time.time, sys.argv[1], sys.argv[4:], 0, 0
+def time_now():
+    global read_at, shift
+    if time.monotonic() > read_at + 0.05:
+        with open(path) as file:
+            read_at, shift = time.monotonic(), float(file.read())
+    return clock() + shift
+time.time = time_now
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Shift:
+    """A clock for processes started with `prefix`: the machine's, and some seconds more."""
+
+    def __init__(self, lab):
+        self.path = lab.dir / f"clock-{next(lab.count)}"
+        self.set(0)
+        self.prefix = (sys.executable, "-I", "-c", SHIFTED, self.path)
+
+    def set(self, seconds):
+        new = self.path.with_suffix(".new")
+        new.write_text(str(seconds))
+        new.chmod(0o644)
+        new.replace(self.path)  # at once: a reader sees the old or the new
+
+
+def replay(host, server, frames, times):
+    """Send a list of frames again and again from a host, no faster than the listener takes them."""
+    data, left = "".join(frame.hex() + "\n" for frame in frames), times
+    while left > 0:
+        host.run(sys.executable, "-c", REPLAY, min(left, 20_000), input=data, stdin=None)
+        assert eventually(lambda: rmem(server.listener) == [0], 30), "the listener does not keep up"
+        left -= 20_000
+
+
+def real_exchange(place):
+    """Frames of one knock, as somebody on the path records them: [fragments], [answer and what else the client sent]."""
+    with captured(place.server, "-Q", "in", "ip", "and", "tcp", "and", "not", "port", "22") as packets:
+        opens(place)
+    loud = [frame for _, frame in packets if len(frame) > 14 + 20 + 40]
+    fragments = [frame for frame in loud if frame[14 + 20 + 13] & 2]
+    rest = [frame for _, frame in packets if not frame[14 + 20 + 13] & 2]
+    assert len(fragments) >= 5 and any(frame in loud for frame in rest)
+    return fragments, rest
+
+
+@contextlib.contextmanager
+def nothing_happens(place, server, prefix=()):
+    """Asserts: meanwhile the server starts no program, sends no packet, changes no rule, writes no line; then a knock works."""
+    trace = place.lab.dir / f"trace-{next(place.lab.count)}"
+    strace = subprocess.Popen(["strace", "-f", "-qq", "-e", "trace=execve", "-e", "signal=none", "-o", trace,
+                               "-p", str(server.process.pid), "-p", str(server.listener)], stderr=subprocess.PIPE)
+    try:
+        for pid in server.process.pid, server.listener:
+            assert eventually(lambda: "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text()), "strace did not attach"
+        rules, log = (place.server.rules(), place.server.rules(ip6=True)), server.log
+        with captured(place.server, "-Q", "out", "ip", "or", "(ip6 and not icmp6)") as packets:
+            yield
+            time.sleep(0.5)  # gpg takes 10 ms
+        assert trace.read_text() == "" and packets == []
+        assert (place.server.rules(), place.server.rules(ip6=True)) == rules
+        assert server.log == log
+        opens(place, "E", "echo", "still there", prefix=prefix)  # and the measuring measures
+        assert trace.read_text().count("gpg") >= 3 and trace.read_text().count("execve(") >= 4
+    finally:
+        strace.send_signal(signal.SIGINT)
+        strace.wait(10)
+        strace.stderr.close()
+
+
+@needs_root
+def test_100000_replayed_packets_inside_the_window_start_no_gpg_and_get_no_packet(place):
+    with serving(place) as server:
+        fragments, rest = real_exchange(place)
+        from_another = [from_address(frame, place.other.ip) for frame in fragments + rest]
+        with nothing_happens(place, server):
+            replay(place.client, server, fragments + rest, len(fragments + rest))  # the whole exchange, in its order, once
+            replay(place.other, server, from_another, len(from_another))
+            replay(place.client, server, fragments, 50_000)
+            replay(place.other, server, from_another[:len(fragments)], 50_000)
+
+
+@needs_root
+def test_a_restart_makes_no_recorded_knock_new(place):
+    with serving(place):
+        fragments, rest = real_exchange(place)
+    with serving(place) as server, nothing_happens(place, server):  # inside the window still
+        replay(place.client, server, fragments + rest, len(fragments + rest))
+
+
+@needs_root
+def test_100000_replayed_packets_after_the_window_start_no_gpg_and_get_no_packet(place):
+    with serving(place):
+        fragments, rest = real_exchange(place)
+    shift = Shift(place.lab)
+    shift.set(4 * 60)  # another server, four minutes later: nothing but the frames' own age can tell it that they are old
+    with serving(place, prefix=shift.prefix) as server:
+        from_another = [from_address(frame, place.other.ip) for frame in fragments + rest]
+        shown = attempt(place, "O", "22", timeout=2)
+        assert shown.returncode == NO_ANSWER, "the server's clock is not where it should be"
+        with nothing_happens(place, server, shift.prefix):
+            replay(place.client, server, fragments + rest, len(fragments + rest))
+            replay(place.other, server, from_another, len(from_another))
+            replay(place.client, server, fragments, 50_000)
+            replay(place.other, server, from_another[:len(fragments)], 50_000)
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------
+
+class Fakes:
+    """gpg, iptables and ip6tables of the server alone, in a mount namespace of its own: as they are, until told to fail."""
+
+    SCRIPT = r"""#!/bin/sh
+case $(cat "{flag}") in
+{name}-hangs) exec sleep 60;;
+{name}-dies) kill -KILL $$;;
+{name}-junk) head -c 3000 /dev/urandom | tee /dev/stderr; exit 0;;
+{name}-lies) status=$(echo "$*" | sed 's/.*--status-fd \([0-9]*\).*/\1/')
+    printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >/dev/fd/$status; exit 0;;
+{name}-fails) echo "{name}: a fault made by the tests" >&2; exit 4;;
+esac
+exec {real} "$@"
+"""
+
+    def __init__(self, lab, **programs):
+        self.dir = lab.dir / f"fakes-{next(lab.count)}"
+        self.dir.mkdir()
+        self.flag = self.dir / "flag"
+        self.works()
+        for name, real in (programs or {"gpg": "/usr/bin/gpg", "iptables": "/usr/sbin/iptables", "ip6tables": "/usr/sbin/ip6tables"}).items():
+            (self.dir / name).write_text(self.SCRIPT.format(name=name, real=real, flag=self.flag))
+            (self.dir / name).chmod(0o755)
+        # the first place where the server looks for programs
+        self.prefix = ("sh", "-c", 'mount --bind "$0" /usr/local/sbin && exec "$@"', self.dir)
+
+    def fault(self, name):
+        self.flag.write_text(name)
+
+    def works(self):
+        self.fault("none")
+
+
+def agent_of(place):
+    """The pid of the gpg-agent of the server's keyring."""
+    home = str(place.conf.parent / ".server-gpg").encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"gpg-agent") and home in path.read_bytes() and alive(path.parent.name):
+                return int(path.parent.name)
+    return None
+
+
+@needs_root
+@pytest.mark.parametrize("fault, words", [("gpg-dies", "gpg was killed"), ("gpg-junk", "knock refused: not one encrypted message"),
+                                          ("gpg-lies", "knock refused: not one encrypted message"),
+                                          ("gpg-fails", "gpg: a fault made by the tests")])
+def test_a_knock_fails_when_gpg_fails_and_the_next_one_works(place, fault, words):
+    fakes = Fakes(place.lab)
+    with serving(place, fakes.prefix) as server:
+        fakes.fault(fault)
+        assert attempt(place, "O", "22", timeout=1).returncode == NO_ANSWER
+        assert words in server.log
+        assert place.server.rules() == []
+        fakes.works()
+        opens(place)
+
+
+@needs_root
+def test_a_gpg_that_hangs_stops_neither_the_next_knock_nor_the_server(place):
+    fakes = Fakes(place.lab)
+    with serving(place, fakes.prefix) as server:
+        fakes.fault("gpg-hangs")
+        assert attempt(place, "O", "22", timeout=1).returncode == NO_ANSWER
+        fakes.works()
+        opens(place, "O", "23", timeout=3)
+        server.wait_log("gpg was killed", timeout=15)
+        opens(place)
+        assert len(place.server.rules()) == 2
+
+
+@needs_root
+def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(place):
+    with serving(place) as server:
+        opens(place, "O", "23")
+        agent = agent_of(place)
+        os.kill(agent, signal.SIGSTOP)  # gpg waits for it now, so that it dies in the middle for sure
+        knocking = place.client.popen(*PYTHON, place.lab.dir / "tariq.py", "knock", "-c", place.client_conf, "box", "O", "24",
+                                     user=NOBODY, env=HARMLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert eventually(lambda: "gpg" in sh("ps", "-o", "args=", "--ppid", server.listener, check=False).stdout)
+        time.sleep(0.1)
+        os.kill(agent, signal.SIGKILL)
+        printed, errors = knocking.communicate(timeout=30)
+        assert knocking.returncode == 0 and "opened tcp/24" in printed, errors
+        assert agent_of(place) not in (None, agent)
+
+        def kill_agent():
+            with contextlib.suppress(ProcessLookupError, TypeError):  # there is none at this moment
+                os.kill(agent_of(place), signal.SIGKILL)
+
+        statuses = set()
+        for delay in range(30, 130, 10):  # milliseconds: at every point of an exchange
+            timer = threading.Timer(delay / 1000, kill_agent)
+            timer.start()
+            statuses.add(attempt(place, "C", "23", timeout=2).returncode)
+            timer.join()
+        assert statuses <= {0, NO_ANSWER}
+        if NO_ANSWER in statuses:
+            assert eventually(lambda: re.search("^<4>.*knock refused: .*gpg", server.log, re.M), 12), "no line says what failed"
+        opens(place)
+        assert {re.search(r"--dport (\d+)", rule)[1] for rule in place.server.rules()} - {"23"} == {"24", "22"}
+
+
+@needs_root
+def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same(place):
+    fakes = Fakes(place.lab)
+    with serving(place, fakes.prefix, open_timeout=2) as server:
+        fakes.fault("iptables-fails")
+        refused = attempt(place, "O", "22")
+        assert refused.returncode == SYSTEM and "a fault made by the tests" in refused.stderr
+        assert place.server.rules() == []
+        fakes.works()
+        deadline = deadline_of(opens(place))
+        fakes.fault("iptables-fails")
+        assert eventually(lambda: re.search("^<3>.*22/tcp.*a fault made by the tests", server.log, re.M), 8)
+        assert attempt(place, "C", "22").returncode == SYSTEM
+        assert place.server.rules(), "the fault is no fault"
+        time.sleep(max(0, deadline + 1.05 - time.time()))
+        assert not place.client.connects(place.server.ip), "the kernel did not close the door"
+        fakes.works()
+        assert eventually(lambda: place.server.rules() == [])
+        opens(place)
+        time.sleep(1)  # so that the next rule is another one
+        opens(place)
+        assert len(place.server.rules()) == 1, "opened again, a door has two rules"
+
+
+@needs_root
+def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(place):
+    """iptables-legacy: the one with a lock. The real one, held by flock(1)."""
+    fakes = Fakes(place.lab, iptables="/usr/sbin/iptables-legacy", ip6tables="/usr/sbin/ip6tables-legacy")
+
+    def rules():
+        return [line for line in place.server.run("iptables-legacy", "-S", "tariq").stdout.splitlines() if line.startswith("-A")]
+
+    def hold_lock():
+        holder = place.server.popen("flock", "/run/xtables.lock", "sh", "-c", "echo held; read line", stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
+        assert holder.stdout.readline() == "held\n"
+        return holder
+
+    with serving(place, fakes.prefix) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        holder = hold_lock()
+        waiting = pool.submit(opens, place)
+        server.wait_log("--dport 22")
+        time.sleep(1)
+        assert not waiting.done()
+        holder.communicate("\n")
+        waiting.result()
+        holder = hold_lock()
+        failed = attempt(place, "O", "23")
+        holder.communicate("\n")
+        assert failed.returncode == SYSTEM and "lock" in failed.stderr
+        opens(place, "O", "24")
+        assert sorted(re.search(r"--dport (\d+)", rule)[1] for rule in rules()) == ["22", "24"]
+    assert rules() == []
+    for program in "iptables-legacy", "ip6tables-legacy":
+        place.server.run(program, "-F"), place.server.run(program, "-X")
+
+
+@needs_root
+def test_a_full_disk_below_the_keyring_fails_no_later_knock(place):
+    disk = place.lab.dir / f"disk-{next(place.lab.count)}"
+    disk.mkdir()
+    sh("mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=200,mode=755", "tmpfs", disk)
+    try:
+        home = disk / "gpg"
+        sh("cp", "-a", place.conf.parent / ".server-gpg", home)
+        for stale in home.glob("S.*"):
+            stale.unlink()
+        with serving(place, server_gpg_dir=home) as server:
+            with contextlib.suppress(OSError):
+                with open(disk / "fill", "wb", 0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            assert os.statvfs(disk).f_bavail == 0
+            full = attempt(place, "O", "22", timeout=3)
+            assert full.returncode in (0, NO_ANSWER)
+            if full.returncode:
+                assert re.search("^<[34]>.*No space left on device", server.log, re.M), "no line says what is wrong"
+            (disk / "fill").unlink()
+            opens(place, "O", "23")
+    finally:
+        sh("gpgconf", "--homedir", home, "--kill", "gpg-agent", check=False)
+        sh("umount", "-l", disk)
+
+
+@needs_root
+def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(place):
+    prefix = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
+    with serving(place, prefix, ready="", open_timeout=2) as server:
+        deadline = deadline_of(opens(place))
+        assert eventually(lambda: not place.server.rules(), 5) and time.time() >= deadline
+        opens(place), opens(place, "C", "22")
+        assert server.log == ""
+
+
+@needs_root
+def test_the_interface_may_go_down_and_come_back(place):
+    with serving(place) as server:
+        opens(place, "O", "23")
+        sh("ip", "-n", place.server.netns, "link", "set", "eth0", "down")
+        server.wait_log("until it is up again")
+        sh("ip", "-n", place.server.netns, "link", "set", "eth0", "up")
+        sh("ip", "-n", place.server.netns, "addr", "add", f"{place.server.ip6}/64", "dev", "eth0", "nodad")
+        opens(place), opens(place, host="box6")
+
+
+@needs_root
+def test_the_interface_may_appear_after_the_start_and_be_made_anew(place):
+    def unplug():
+        sh("ip", "-n", place.server.netns, "link", "del", "eth0")
+
+    def plug():
+        place.lab.plug(place.server, "eth0", f"{place.server.ip}/24", f"{place.server.ip6}/64")
+        for host in place.client, place.other:  # it has a new link address
+            sh("ip", "-n", host.netns, "neigh", "flush", "all")
+
+    unplug()
+    try:
+        with serving(place, ready="waiting for the interface") as server:
+            assert "listening on" not in server.log
+            plug()
+            server.wait_log("listening on")
+            opens(place, "O", "23")
+            unplug()
+            server.wait_log("waiting for the interface", 2)
+            time.sleep(1)
+            assert server.process.poll() is None
+            plug()
+            server.wait_log("listening on", 2)
+            opens(place), opens(place, host="box6")
+            assert len(place.server.rules()) == 2
+    finally:
+        if "eth0" not in place.server.run("ip", "link").stdout:
+            plug()
+
+
+@needs_root
+def test_doors_close_and_knocks_work_again_though_the_clock_jumps(place):
+    shift = Shift(place.lab)
+    with serving(place, shift.prefix, open_timeout=3) as server:
+        deadline = deadline_of(opens(place))
+        shift.set(-7200)  # the wall clock says that there are two hours and three seconds left
+        assert eventually(lambda: not place.server.rules(), 6) and deadline - 0.5 < time.time() < deadline + 3
+        assert attempt(place, "O", "22", timeout=1).returncode == NO_ANSWER
+        shift.set(0)
+        opens(place)
+        shift.set(7200)
+        assert attempt(place, "O", "22", timeout=1).returncode == NO_ANSWER
+        shift.set(0)
+        opens(place)
+        assert "knock refused" not in server.log
 
 
 # ---- what README.md says, done: its own commands, taken from the file and run as written on throwaway machines ----------
