@@ -1239,6 +1239,39 @@ def test_no_two_payloads_are_alike_and_repeats_are_new_frames(box):
     assert len(payloads) >= 10 and len(set(payloads)) == len(payloads)
 
 
+INSIDER = r"""
+# Somebody with the shared secret and no key: knocks that are whole and authentic and carry junk, as fast as they go.
+import importlib.util, os, socket, sys, time
+spec = importlib.util.spec_from_file_location("tariq", sys.argv[1])
+tariq = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tariq)
+key, address, ports = bytes.fromhex(sys.argv[2]), sys.argv[3], tuple(map(int, sys.argv[4].split(",")))
+transport, end, whole = tariq.KernelTransport(socket.AF_INET, (address, 0), ports), time.monotonic() + float(sys.argv[5]), 0
+while time.monotonic() < end:
+    knock_id, whole = os.urandom(12), whole + 1
+    frames = [tariq.frame(key, tariq.fragment_label(place, 5), knock_id + os.urandom(850)) for place in range(5)]
+    transport.knock(frames if whole % 2 else frames[1:] + frames[:1])  # every other one at the wrong ports
+    if transport.receive(0):
+        sys.exit("an answer")
+print(whole)
+"""
+
+
+@needs_root
+def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
+    before = box.server.run("cat", f"/proc/{box.tariq.listener}/status").stdout
+    flood = box.other.popen(sys.executable, "-c", INSIDER, box.lab.dir / "tariq.py", box.key.hex(), box.server.ip,
+                            ",".join(map(str, box.ports)), 6, stdout=subprocess.PIPE)
+    time.sleep(1)
+    with Capture(box.other) as capture:
+        assert [knock(box, "O", "22").returncode for _ in range(8)] == [0] * 8
+        assert flood.wait(20) == 0 and int(flood.stdout.read()) > 300
+        assert not [1 for _, source, *_ in capture.segments() if source in box.ports], "no packet came to the insider"
+    assert f"{box.other.ip}: knock refused" in box.tariq.log and box.server.rules()[0].count(box.client.ip) == 1
+    memory = [int(re.search(r"VmRSS:\s*(\d+)", text)[1]) for text in (before, box.server.run("cat", f"/proc/{box.tariq.listener}/status").stdout)]
+    assert memory[1] - memory[0] < 20_000, f"kB before and after: {memory}"
+
+
 # ---- disorder, duplication, several at once ------------------------------------------------------------------------
 
 @needs_root
@@ -2928,6 +2961,11 @@ def test_every_message_in_troubleshooting_is_one_that_tariq_says():
         for words in re.split(r"\b[A-Z]+\b|\.\.\.|[A-Z]:|`|\(IPv[46]\)|\b\d+\b", text):
             words = words.strip(" :[]()-,;")
             assert len(words) < 6 or words in source or words in re.sub(r"\{[^{}]*\}", "", source), f"{words!r} of {text!r}"
+
+
+def test_every_test_that_the_threat_model_names_is_one():
+    named = set(re.findall("`(test_[a-z0-9_]+)`", README))
+    assert len(named) > 12 and named <= set(globals())
 
 
 def test_every_anchor_in_the_readme_leads_somewhere():
