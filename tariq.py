@@ -21,8 +21,8 @@ Trust boundaries:
 
 Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root), set-up, command line.
 """
-import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd, queue, re, select, shlex, signal
-import socket, struct, subprocess, sys, threading, time
+import argparse, binascii, configparser, errno, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd, queue, re, select, shlex
+import signal, socket, struct, subprocess, sys, threading, time
 from collections import OrderedDict
 from contextlib import suppress
 from types import SimpleNamespace
@@ -73,21 +73,24 @@ def rule_of(text):
 
 def command_of(words):
     """The words of a request or of a line of [allow], checked: ['O', '22'] -> ['O', '22/tcp']. Raises ValueError."""
-    ports = [re.fullmatch(r"([1-9]\d{0,4})(/tcp|/udp)?|\*", word, re.ASCII) for word in words[1:]]
-    if words[0] not in ("O", "C", "E") or not ports or not all(word.isprintable() for word in words):
+    if not isinstance(words, list) or len(words) < 2 or words[0] not in ("O", "C", "E") \
+            or not all(isinstance(word, str) and word.isprintable() for word in words):
         raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], in printable characters")
     if words[0] == "E":
         return words
-    if not all(port and int(port[1] or 1) < 65536 for port in ports):
-        raise ValueError("needs ports as 22, 22/tcp or 53/udp, from 1 to 65535")
-    return [words[0], *(port[1] + (port[2] or "/tcp") if port[1] else "*" for port in ports)]
+    ports = [re.fullmatch(r"([1-9]\d{0,4})(/tcp|/udp)?|\*", word, re.ASCII) for word in words[1:]]
+    if len(ports) > PORTS_MAX or not all(port and int(port[1] or 1) < 65536 for port in ports):
+        raise ValueError(f"needs ports as 22, 22/tcp or 53/udp, from 1 to 65535, {PORTS_MAX} at most")
+    return [words[0], *dict.fromkeys(port[1] + (port[2] or "/tcp") if port[1] else "*" for port in ports)]
 
 
+PORTS_MAX = 16  # in one request: each is one call of iptables, and others wait meanwhile
 # What a value has to be: a pattern that it matches whole, words for the error, and what makes a Python value of it.
 SYNTAX = {
-    "secret_ports": (r"[1-9]\d{0,4}(\s*,\s*[1-9]\d{0,4}){4,31}", "5 to 32 unique ports, 1 to 65535, with commas", ports_of),
+    "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}", "5 to 32 unique ports, 1 to 65535, with commas", ports_of),
     "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64", binascii.a2b_base64),
     "server_key": (r"[0-9A-Fa-f]{40}", "the server key's fingerprint, 40 hex digits without spaces", str.upper),
+    "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)[A-Za-z0-9_][A-Za-z0-9_-]{0,27}", "the name of a chain of its own", str),
     "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
     "command_timeout": (r"\d{1,3}", "a whole number of seconds, below 1000", int),
     "open_tcp_port": (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of),
@@ -100,7 +103,7 @@ SYNTAX = {
 def parse(key, text):
     """The value of a key. Raises ValueError, which does not quote the text: it may be a secret."""
     pattern, need, convert = SYNTAX.get(key, (".*", "one line", str))
-    with suppress(ValueError, LookupError):
+    with suppress(ValueError, LookupError, AttributeError):
         if re.fullmatch(pattern, text, re.ASCII):
             return convert(text)
     raise ValueError(f"needs {need}")
@@ -109,7 +112,7 @@ def parse(key, text):
 class Config:
     """One INI file with a secret in it. Raises Fault for each way in which it is unusable."""
 
-    def __init__(self, path):
+    def __init__(self, path, server=False):
         usual = [os.path.expanduser("~/.config/tariq/tariq.conf"), "/etc/tariq/tariq.conf"]
         self.path = os.path.abspath(path or next(filter(os.path.exists, usual), usual[0]))
         self.ini = configparser.ConfigParser(interpolation=None, delimiters="=", inline_comment_prefixes="#")
@@ -120,11 +123,13 @@ class Config:
                 self.text = file.read()
             self.ini.read_string(self.text)
         except (OSError, ValueError, configparser.Error) as error:  # only the line's number: its text may be a secret
-            line = getattr(error, "lineno", None) or getattr(error, "errors", [["?"]])[0][0]
-            raise Fault(CONFIG, f"{self.path}: {getattr(error, 'strerror', None) or f'line {line} is not INI'}: give a config "
-                                "with -c, or make one (server: tariq.py init; client: tariq.py keygen)") from None
-        if status.st_mode & 0o077 or os.geteuid() and status.st_uid not in (0, os.geteuid()):
-            raise Fault(CONFIG, f"{self.path}: others can read its secret or change it: chmod 600 {self.path}")
+            numbers = [number for number, _ in getattr(error, "errors", [])] or [getattr(error, "lineno", "?")]
+            trouble = getattr(error, "strerror", None) or f"line {numbers[0]} is not INI"
+            raise Fault(CONFIG, f"{self.path}: {trouble}: give a config with -c, or make one "
+                                "(server: tariq.py init; client: tariq.py keygen)") from None
+        foreign = status.st_uid not in (0, os.geteuid()) and (server or os.geteuid() != 0)  # what root obeys is root's
+        if status.st_mode & 0o077 or foreign:
+            raise Fault(CONFIG, f"{self.path}: others can read its secret or change it: chmod 600 {self.path}, and own it")
 
     def get(self, key, *sections, default=None, syntax=None):
         """The first value that one of the sections has for a key, parsed."""
@@ -158,28 +163,30 @@ class Keyring:
     """A gpg home directory. Root runs gpg as the directory's owner: what is in there may command gpg-agent."""
 
     def __init__(self, home):
-        self.home, self.passphrase, self.run_as = os.path.expanduser(home), b"", {}
+        self.home, self.passphrase, self.run_as, self.time = os.path.expanduser(home), b"", {}, GPG_TIME
         self.environment = {**os.environ, "LC_ALL": "C"}
         try:
             self.owner = pwd.getpwuid(os.stat(self.home).st_uid)
         except (OSError, KeyError):
             raise Fault(CONFIG, f"{self.home}: no keyring directory of a user: tariq.py init or keygen makes one") from None
         if os.geteuid() == 0 != self.owner.pw_uid:
-            self.run_as = {"user": self.owner.pw_uid, "group": self.owner.pw_gid, "extra_groups": []}
+            self.run_as = {"preexec_fn": lambda: drop_privileges(self.owner), "start_new_session": True}
             self.environment = {"PATH": os.environ["PATH"], "HOME": self.home, "LC_ALL": "C"}
 
     def gpg(self, *arguments, data=b""):
         """Run gpg once -> (output, status lines as lists of words). `data` is bytes, or makes them while gpg starts. Raises
-        Fault with gpg's words. Bounded: GPG_INPUT bytes in, GPG_OUTPUT out, a pipe's capacity of status, GPG_TIME seconds."""
+        Fault with gpg's words. Bounded: GPG_INPUT bytes in, GPG_OUTPUT out, a pipe's capacity of status, `time` seconds."""
         status_end, status = os.pipe()
         options = ["--homedir", self.home, "--status-fd", str(status)]
         if self.passphrase:  # its line goes before the data, so that it is in no argument, variable or file
             options += ["--pinentry-mode", "loopback", "--passphrase-fd", "0"]
-        output, end = b"", time.monotonic() + GPG_TIME
+        output, end = b"", time.monotonic() + self.time
         with open(status_end, "rb") as status_file:
             try:
                 process = subprocess.Popen([*GPG, *options, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                            stderr=subprocess.PIPE, pass_fds=[status], env=self.environment, cwd="/", **self.run_as)
+            except subprocess.SubprocessError:  # from drop_privileges
+                raise Fault(SYSTEM, "root cannot become the keyring's owner: that takes CAP_SETUID, SETGID and SETPCAP") from None
             finally:
                 os.close(status)
             with process:
@@ -194,7 +201,7 @@ class Keyring:
                 else:
                     process.kill()
                 process.stdout.close()
-                lines = status_file.read(GPG_OUTPUT).decode(errors="replace").splitlines()
+                lines = status_file.read(GPG_OUTPUT).decode(errors="replace").split("\n")
                 words = process.stderr.read(GPG_OUTPUT).decode(errors="replace").strip().splitlines()
         lines = [line.split()[1:] for line in lines if re.match(r"\[GNUPG:\] \S", line)]
         if process.returncode == 0:
@@ -203,7 +210,7 @@ class Keyring:
             self.passphrase = ask_passphrase()
             return self.gpg(*arguments, data=data)
         if process.returncode < 0:
-            words = [f"gpg was killed by signal {-process.returncode}; it has {GPG_TIME} s: is gpg-agent stuck?"]
+            words = [f"gpg was killed by signal {-process.returncode}; it has {self.time} s: is gpg-agent stuck?"]
         raise Fault(BAD_DATA, f"{'; '.join(words)[:300] or 'gpg failed'} (keyring {self.home})")
 
     def seal(self, data, signer, recipient):
@@ -221,18 +228,18 @@ class Keyring:
             raise Fault(BAD_DATA, "not one encrypted message with one valid signature")
         return parse("server_key", lines[said.index("VALIDSIG")][-1]), plain
 
-    def keys(self, *command, data=b""):
-        """[(fingerprint, user ids)] of the keys that a gpg command lists (GnuPG doc/DETAILS, colon format)."""
+    def keys(self, kind, command, data=b""):
+        """[(fingerprint, user ids)] of the keys of a kind, pub or sec, that a gpg command lists (GnuPG doc/DETAILS)."""
         keys = []
-        for line in self.gpg("--with-colons", *command, data=data)[0].decode(errors="replace").splitlines():
+        for line in self.gpg("--with-colons", command, data=data)[0].decode(errors="replace").split("\n"):
             field = line.split(":")
             if field[0] in ("pub", "sec"):
-                keys.append((fingerprint := [], []))
+                keys.append((field[0], [], []))
             elif field[0] == "fpr":  # the first after pub or sec is the primary key's
-                fingerprint.append(field[9])
+                keys[-1][1].append(field[9])
             elif field[0] == "uid":
-                keys[-1][1].append(field[9].replace("\\x3a", ":"))
-        return [(fingerprints[0], users) for fingerprints, users in keys]
+                keys[-1][2].append(field[9].replace("\\x3a", ":"))
+        return [(fingerprints[0], names) for found, fingerprints, names in keys if found == kind]
 
     def find(self, user, keys):
         """The fingerprint of the one key whose fingerprint, user id or email is exactly this. Raises Fault."""
@@ -404,7 +411,7 @@ class KernelTransport:
                     self.trouble = "the path's MTU is too small for a fragment"
             except OSError as error:
                 self.trouble = error.strerror
-                if error.errno in (92, 95):  # ENOPROTOOPT, EOPNOTSUPP
+                if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
                     raise Fault(SYSTEM, "this kernel sends no TCP Fast Open: sysctl -w net.ipv4.tcp_fastopen=1, or "
                                         "knock as root with --transport crafted") from None
             if port != self.ports[-1]:
@@ -516,26 +523,28 @@ def cmd_knock(options):
     user = options.user or config.get("user", *own)
     user = f"<{user}>" if "@" in user else user  # gpg: exactly this email; else a fingerprint
     ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *own, default="~/.config/tariq/gpg"))
+    ring.time = 120  # pinentry waits for a person
     covers = config.get("img_dir", *own, default="") if options.img_dir is None else options.img_dir
     transport = open_transport(config.get("host", *own, default=options.host), options.family, options.transport, ports)
     address = "" if any(ipaddress.ip_address(transport.own) in network for network in TRANSLATED) else transport.own
 
-    request = json.dumps({"to": server, "cmd": command, "ip": address}, ensure_ascii=False, separators=(",", ":"))
-    sealed, knock_id = ring.seal(lambda: hide(cover_image(covers), request.encode()), user, server), os.urandom(ID)
+    knock_id = os.urandom(ID)
+    request = json.dumps({"to": server, "id": knock_id.hex(), "cmd": command, "ip": address}, ensure_ascii=False, separators=(",", ":"))
+    sealed = ring.seal(lambda: hide(cover_image(covers), request.encode()), user, server)
     size = -(-len(sealed) // count)
     if HEAD + ID + size > FRAGMENT_MAX:
         raise Fault(CONFIG, f"{len(sealed)} bytes do not fit {count} packets: use more secret_ports, or smaller keys")
     step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
 
-    def unseal(data):
-        """What the server, and nobody else, sealed for this knock; None for another."""
+    def unseal(data, least):
+        """What the server, and nobody else, sealed for this knock, `least` bytes at least; None for another."""
         try:
             signer, plain = ring.unseal(data, user)
         except Fault as fault:
             raise Fault(WRONG_SERVER, f"an answer that server_key {server} did not seal: {fault}") from None
         if not hmac.compare_digest(signer, server):
             raise Fault(WRONG_SERVER, f"the answer is signed by {signer}, not by server_key {server}")
-        return plain[ID:] if hmac.compare_digest(plain[:ID], knock_id) else None
+        return plain[ID:] if hmac.compare_digest(plain[:ID], knock_id) and len(plain) >= ID + least else None
 
     # The client alone drives the exchange through losses: it repeats its knock until the result is there. The server answers
     # with the challenge, or with the result as soon as it has one, and acts once.
@@ -550,10 +559,10 @@ def cmd_knock(options):
             while not result and (left := again - time.monotonic()) > 0:
                 payload = transport.receive(left) or b""
                 if data := unframe(key, b"result", payload):
-                    result = unseal(data)
+                    result = unseal(data, 2)
                 elif data := unframe(key, b"challenge", payload):
                     if not challenge:
-                        challenge = unseal(data)
+                        challenge = unseal(data, 33)
                         if not challenge:
                             continue
                         seen = printable(challenge[33:].decode(errors="replace"))
@@ -573,9 +582,11 @@ def cmd_knock(options):
         raise Fault(NO_ANSWER, f"{options.host} sent a challenge but no result in {options.timeout + challenge[32]} s: knock again")
     step("result received")
     done, status, text = result[0], result[1], result[2:]
+    if not done or command[0] != "E":
+        text = printable(text.decode(errors="replace")).replace("{host}", options.host)
     if not done:
-        raise Fault(status, f"{options.host}: {printable(text.decode(errors='replace'))}")
-    os.write(1, text if command[0] == "E" else text.replace(b"{host}", options.host.encode()) + b"\n")
+        raise Fault(status or REFUSED, f"{options.host}: {text}")
+    os.write(1, text if command[0] == "E" else f"{text}\n".encode())
     return status
 
 
@@ -600,9 +611,10 @@ def load_scapy():
     from scapy.layers.inet import IP, TCP
     from scapy.layers.inet6 import IPv6
     from scapy.layers.l2 import Ether
+    from scapy.error import Scapy_Exception
     compile_filter("tcp", linktype=1)  # raises where libpcap is missing; scapy 2.5's sockets would go on without a filter
     scapy.config.conf.sniff_promisc = False  # promiscuous mode would show
-    return SimpleNamespace(conf=scapy.config.conf, IP=IP, TCP=TCP, IPv6=IPv6, Ether=Ether)
+    return SimpleNamespace(conf=scapy.config.conf, IP=IP, TCP=TCP, IPv6=IPv6, Ether=Ether, Exception=Scapy_Exception)
 
 
 def packet_socket(scapy, interface, bpf):
@@ -610,7 +622,10 @@ def packet_socket(scapy, interface, bpf):
     with open(f"/sys/class/net/{interface}/type", encoding="ascii") as file:
         link_header = 14 if file.read().strip() in ("1", "772") else 0  # Ethernet and loopback; tunnels have none
     scapy.conf.ifaces.reload()
-    sock = scapy.conf.L2socket(iface=interface, filter=bpf)
+    try:
+        sock = scapy.conf.L2socket(iface=interface, filter=bpf)
+    except scapy.Exception as error:
+        raise OSError(errno.ENODEV, str(error)) from None
     sock.ins.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING in linux/if_packet.h
     return sock, link_header
 
@@ -620,7 +635,7 @@ class Knock:
     step is made by one thread alone, which has all else in place before: the loop, a worker, the reader of results."""
 
     def __init__(self, knock_id, owner):
-        self.id, self.owner, self.pieces, self.state, self.queued = knock_id, owner, {}, "collecting", False
+        self.id, self.owner, self.pieces, self.state, self.queued, self.deadline = knock_id, owner, {}, "collecting", False, 0
         self.segment = self.address = self.nonce = self.signer = self.command = self.challenge = self.plain = self.result = None
 
 
@@ -689,12 +704,12 @@ class Listener:
             knock.segment, knock.address = segment, address  # the address that counts is the last fragment's
         if knock.state == "collecting":
             knock.pieces[position] = piece
-            at_work = [other for other in self.knocks.values() if other.state == "working" and other.owner == knock.owner]
-            if len(knock.pieces) > self.last and len(at_work) < WORKERS_EACH:
-                knock.state = "working"
-                self.queue(knock)
+            at_work = [other.owner for other in self.knocks.values() if other.state == "working"]
+            if len(knock.pieces) > self.last and len(at_work) < 2 * WORKERS and at_work.count(knock.owner) < WORKERS_EACH:
+                knock.state = "working"  # where too many are, its next fragment asks again
+                self.enqueue(knock)
         elif position == self.last and address == knock.address and knock.state in ("challenged", "done"):
-            self.queue(knock)
+            self.enqueue(knock)
 
     def new_knock(self, knock_id, owner):
         """A knock in the table; where that is full, or the owner's share of it, in place of the one that is missed least."""
@@ -702,7 +717,8 @@ class Listener:
         if len(crowd) < KNOCKS_EACH:
             crowd = list(self.knocks.values()) if len(self.knocks) >= KNOCKS_MAX else []
         if crowd:
-            del self.knocks[min(crowd, key=lambda other: EVICTED.index(other.state)).id]
+            late = [other for other in crowd if other.state == "challenged" and other.deadline < time.monotonic()]
+            del self.knocks[min(late or crowd, key=lambda other: EVICTED.index(other.state)).id]
         knock = self.knocks[knock_id] = Knock(knock_id, owner)
         return knock
 
@@ -713,22 +729,26 @@ class Listener:
             return
         knock.segment = segment
         if knock.state == "done":
-            self.queue(knock)
+            self.enqueue(knock)
         elif knock.state == "challenged" and time.monotonic() < knock.deadline:
             knock.state = "asked"
-            self.channel.send(json.dumps({"id": knock_id.hex(), "signer": knock.signer, "command": knock.command,
-                                          "ip": str(ipaddress.ip_address(address))}).encode())
+            request = {"id": knock_id.hex(), "signer": knock.signer, "command": knock.command, "ip": str(ipaddress.ip_address(address))}
+            try:
+                self.channel.send(json.dumps(request).encode(), socket.MSG_DONTWAIT)
+            except OSError:
+                knock.state = "challenged"  # the monitor is busy: the client's next answer asks again
 
     def take_results(self):
         """From the monitor; when that is gone, the listener goes too."""
-        while message := self.channel.recv(MESSAGE_MAX):
-            if knock := self.knocks.get(message[:ID]):
-                knock.plain, knock.state = message, "done"
-                self.queue(knock)
+        with suppress(OSError):
+            while message := self.channel.recv(MESSAGE_MAX):
+                if knock := self.knocks.get(message[:ID]):
+                    knock.plain, knock.state = message, "done"
+                    self.enqueue(knock)
         os._exit(0)
 
-    def queue(self, knock):
-        if not knock.queued:  # once, so that the table bounds the queue
+    def enqueue(self, knock):
+        if not knock.queued:  # once each, and few are working: the queue is bounded too
             knock.queued = True
             self.jobs.put(knock)
 
@@ -737,9 +757,11 @@ class Listener:
         while True:
             knock = self.jobs.get()
             knock.queued = False
+            if self.knocks.get(knock.id) is not knock:
+                continue  # evicted
             try:
                 if knock.state == "working":
-                    self.open(knock)
+                    self.challenge(knock)
                 elif knock.state == "done" and knock.result is None:
                     self.seal_result(knock)
                 self.reply(knock)
@@ -748,18 +770,18 @@ class Listener:
                 log(f"{ipaddress.ip_address(knock.address)}: knock refused: {reason}", 4)
                 knock.state = "refused" if knock.state == "working" else knock.state
 
-    def open(self, knock):
+    def challenge(self, knock):
         """Unseal a whole knock, and seal the challenge for who signed it. Raises Fault."""
         own, seen = self.settings.own, str(ipaddress.ip_address(knock.address))
         signer, png = self.ring.unseal(b"".join(piece for _, piece in sorted(knock.pieces.items())), own)
         try:
             request = json.loads(reveal(png))
-            to, command, claimed = request["to"], command_of(request["cmd"]), request["ip"]
+            to, knock_id, command, claimed = request["to"], request["id"], command_of(request["cmd"]), request["ip"]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Fault(BAD_DATA, f"{signer} signed what is not a request") from None
-        if to != own:
-            raise Fault(BAD_DATA, f"{signer} asked another server for this: {str(to)[:40]}")
-        if claimed not in ("", seen):
+        if to != own or knock_id != knock.id.hex():
+            raise Fault(BAD_DATA, f"{signer} asked another server for this, or in another knock: {str(to)[:40]}")
+        if claimed and claimed != seen:
             log(f"{seen}: {signer} has the address {str(claimed)[:40]}: its knock is relayed, or translated on the way", 4)
         patience = min(255, self.settings.patience if command[0] == "E" else 0)
         knock.signer, knock.command, knock.nonce, knock.pieces = signer, command, os.urandom(32), {}
@@ -811,7 +833,7 @@ def drop_privileges(user):
 # ---- monitor: checked requests in, firewall rules and commands out. ALL THAT FOLLOWS RUNS AS ROOT --------------------
 
 OUTPUT_MAX = 4096  # bytes of a command's output that are kept; a packet carries fewer
-DOORS_MAX = 1024  # open at a time
+DOORS_EACH = 64  # open at a time for one user
 FOREVER = 2**31 - 1  # seconds since 1970: the last that iptables' time match takes
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FAMILIES = {"iptables": "192.0.2.1", "ip6tables": "2001:db8::1"}  # program: an address of documentation for trials
@@ -822,9 +844,9 @@ def run(*words, changes=True, check=True):
     if changes:
         log("+ " + shlex.join(words), 5)
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=15, text=True, check=False)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=15, text=True, errors="replace", check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Fault(SYSTEM, f"{words[0]}: {getattr(error, 'strerror', 'took more than 15 s')}") from None
+        raise Fault(SYSTEM, f"{words[0]}: {getattr(error, 'strerror', 'took more than 15 s: who holds its lock?')}") from None
     if check and done.returncode:
         raise Fault(SYSTEM, f"{words[0]}: {(done.stderr or done.stdout).strip()}")
     return done.returncode, done.stdout
@@ -853,28 +875,30 @@ class Monitor:
     """Policy, doors and commands, and the listener's parent."""
 
     def __init__(self, path, scapy):
-        self.path, self.scapy, self.doors, self.running, self.channel = path, scapy, {}, set(), None
+        self.path, self.scapy, self.doors, self.running, self.channel, self.chain = path, scapy, {}, {}, None, None
         self.load()
         self.read_at = os.stat(self.path).st_mtime_ns  # None after SIGHUP
 
     def load(self):
         """Read and check the config. Raises Fault, and changes nothing then."""
-        config = Config(self.path)
+        config = Config(self.path, server=True)
         chain = config.get("iptables_chain", "server", default="tariq")
+        if chain != (self.chain or chain):
+            raise Fault(CONFIG, f"{config.path}: [server] iptables_chain: a new one takes a restart")
         rules = {protocol: config.get(f"open_{protocol}_port", "server", default=shlex.split(
             f"-A {chain} -s {{ip}} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {{dport}} "
             "-m time --datestop {until} -j ACCEPT")) for protocol in ("tcp", "udp")}
         if {rule[1] for rule in rules.values()} != {chain}:
             raise Fault(CONFIG, f"{config.path}: [server] open_tcp_port and open_udp_port need -A {chain}: the iptables_chain")
         ring, ports = Keyring(config.get("server_gpg_dir", "server")), config.get("secret_ports", "server")
-        own = ring.find(config.get("server_user", "server"), ring.keys("--list-secret-keys"))
-        keys, users = ring.keys("--list-keys"), {}
+        own = ring.find(config.get("server_user", "server"), ring.keys("sec", "--list-secret-keys"))
+        keys, users = ring.keys("pub", "--list-keys"), {}
         for user, patterns in config.allowed().items():
             key = ring.find(user, keys)
             users.setdefault(key, (" ".join(dict(keys)[key]) or key, []))[1].extend(patterns)
         timeout = config.get("command_timeout", "server", default=30)
-        routes = {self.scapy.conf.route.route("0.0.0.0")[0], self.scapy.conf.route6.route("2001:db8::")[0]} - {"lo", None}
-        interface = config.get("interface", "server", default=min(routes, default=None))  # the default route's
+        routes = self.scapy.conf.route.route("0.0.0.0")[0], self.scapy.conf.route6.route("2001:db8::")[0]
+        interface = config.get("interface", "server", default=next((name for name in routes if name not in ("lo", None)), None))
         settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get("secret", "server"), ports),
                                    interface=interface, patience=timeout)
         ring.seal(b"", own, own)  # the key signs, and gpg-agent is up before the first knock
@@ -904,15 +928,15 @@ class Monitor:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(until))
         return [word.format(ip=ip, dport=number, until=stamp) for word in self.rules[protocol]]
 
-    def open(self, ip, port):
+    def open(self, ip, port, signer):
         """One rule for one address and port, with its end; opened again, a new end. Returns the end (seconds since 1970)."""
         self.close(ip, port)
-        if len(self.doors) >= DOORS_MAX:
-            raise Fault(SYSTEM, f"{DOORS_MAX} doors are open: no more until one closes")
+        if sum(owner == signer for _, _, owner in self.doors.values()) >= DOORS_EACH:
+            raise Fault(SYSTEM, f"{DOORS_EACH} doors are open for this user: no more until one closes")
         until = min(FOREVER, int(time.time()) + self.open_timeout) if self.open_timeout else FOREVER
         rule = self.rule(ip, port, until)
         iptables(ip, *rule)
-        self.doors[ip, port] = rule, time.monotonic() + self.open_timeout if until < FOREVER else float("inf")
+        self.doors[ip, port] = rule, time.monotonic() + self.open_timeout if until < FOREVER else float("inf"), signer
         return until
 
     def close(self, ip, port):
@@ -929,7 +953,7 @@ class Monitor:
 
     def close_expired(self):
         """Take out rules that the kernel has closed already, unless the wall clock was put back: monotonic time decides."""
-        for (ip, port), (_, end) in list(self.doors.items()):
+        for (ip, port), (_, end, _) in list(self.doors.items()):
             if time.monotonic() > end + 1:
                 try:
                     self.close(ip, port)
@@ -937,11 +961,15 @@ class Monitor:
                     log(f"{ip} {port}: not closed: {fault}: trying again every second", 3)
 
     def close_all(self):
+        """At the end, whatever it is: no door, and no command."""
         for ip in FAMILIES.values():
             try:
                 iptables(ip, "-F", self.chain)
             except Fault as fault:
                 log(f"chain {self.chain} is not flushed: {fault}: its doors close at their own time", 3)
+        for process in filter(None, list(self.running.values())):  # nobody would keep its time any more
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def handle(self, message):
         """One message of the listener, of which nothing is believed: who may do what is looked up here."""
@@ -962,21 +990,21 @@ class Monitor:
         elif command[0] == "E" and signer in self.running:
             self.finish(knock_id, event, REFUSED, "refused: the last command is still running")
         elif command[0] == "E":
-            self.running.add(signer)
+            self.running[signer] = None
             threading.Thread(target=self.execute, args=(knock_id, event, signer, command[1:]), daemon=True).start()
         else:
             try:
-                self.finish(knock_id, event, 0, self.move_doors(command[0], ip, command[1:]))
+                self.finish(knock_id, event, 0, self.move_doors(command[0], ip, command[1:], signer))
             except Fault as fault:
                 self.finish(knock_id, event, SYSTEM, str(fault))
 
-    def move_doors(self, action, ip, ports):
+    def move_doors(self, action, ip, ports, signer):
         names = ", ".join(f"{protocol}/{number}" for number, protocol in (port.split("/") for port in ports))
         if action == "C":
             closed = [port for port in ports if self.close(ip, port)]
             return f"closed {names} on {{host}} for {ip}" + ("" if len(closed) == len(ports) else
                                                             f" ({', '.join(sorted(set(ports) - set(closed)))} was not open)")
-        until = max(self.open(ip, port) for port in ports)
+        until = max(self.open(ip, port, signer) for port in ports)
         end = time.strftime("%H:%M:%SZ" if self.open_timeout < 86400 else "%Y-%m-%d %H:%M:%SZ", time.gmtime(until))
         return f"opened {names} on {{host}} for {ip} until " + ("closed" if until == FOREVER else end)
 
@@ -992,6 +1020,7 @@ class Monitor:
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/",
                                        start_new_session=True, env={"PATH": SAFE_PATH, "LC_ALL": "C.UTF-8"})
+            self.running[signer] = process
             reader = threading.Thread(target=read, daemon=True)
             reader.start()
             try:
@@ -1003,7 +1032,7 @@ class Monitor:
             reader.join(0.5)  # not longer: a daemon that the command started may hold the pipe
         except (OSError, ValueError) as error:
             status, output = 127, f"{words[0]}: {getattr(error, 'strerror', error)}\n".encode()
-        self.running.discard(signer)
+        del self.running[signer]
         self.finish(knock_id, event, status if status >= 0 else 128 - status, bytes(output))
 
     def finish(self, knock_id, event, status, text):
@@ -1011,7 +1040,7 @@ class Monitor:
         done = status == 0 or isinstance(text, bytes)
         verdict = f"exit status {status}" if isinstance(text, bytes) else text.replace(" on {host}", "")
         log(f"{event}: {verdict}", 6 if done else 4)
-        with suppress(OSError):  # a listener that is gone or does not read: the client will ask again
+        with suppress(OSError, AttributeError):  # a listener that is gone or does not read: its client will hear nothing
             self.channel.send(knock_id + bytes([done, status]) + (text if isinstance(text, bytes) else text.encode()),
                               socket.MSG_DONTWAIT)
 
@@ -1022,31 +1051,48 @@ class Monitor:
         sock.ins.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BUFFER)  # SO_RCVBUFFORCE
         sock.ins.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER: whoever takes the listener over sees no more than it
         self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.words, words = os.pipe()  # its stderr: it has neither the monitor's log nor its terminal in hand
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                os.setsid()
+                os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+                os.dup2(0, 1)
+                os.dup2(words, 2)
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)  # it ends when the monitor closes the channel
-                for descriptor in range(3, 256):
-                    if descriptor not in (sock.ins.fileno(), channel.fileno()):
-                        with suppress(OSError):
+                    signal.signal(number, signal.SIG_IGN)  # the monitor ends it
+                for descriptor in map(int, os.listdir("/proc/self/fd")):
+                    if descriptor > 2 and descriptor not in (sock.ins.fileno(), channel.fileno()):
+                        with suppress(OSError):  # the one that listed the directory is closed already
                             os.close(descriptor)
                 if self.ring.run_as:
                     drop_privileges(self.ring.owner)
                     self.ring.run_as = {}
                 Listener(self.settings, self.ring, self.scapy, sock, link_header, channel).run()
             except BaseException as error:
-                log(f"listener: {type(error).__name__}: {error}", 3)
+                log(f"{type(error).__name__}: {error}", 3)
             finally:
                 os._exit(DIED)
         channel.close()
         sock.close()
+        os.close(words)
+        os.set_blocking(self.words, False)
 
     def stop_listener(self):
         if self.channel:
             self.channel.close()
+            os.kill(self.pid, signal.SIGKILL)  # it may be beyond reading that the channel is closed
             os.waitpid(self.pid, 0)
+            self.relay_words()
+            os.close(self.words)
             self.channel = None
+
+    def relay_words(self):
+        """Log what the listener said, as its own words: <priority>line."""
+        with suppress(BlockingIOError):
+            for line in filter(None, os.read(self.words, 65536).decode(errors="replace").split("\n")):
+                priority, text = (int(line[1]), line[3:]) if re.match("<[3-6]>", line) else (3, line)
+                log(f"listener: {text}", priority)
 
     def reload(self):
         """Read the config again if it has changed, or if SIGHUP asks for it."""
@@ -1078,11 +1124,17 @@ class Monitor:
                 listening = error.errno
             if self.channel is None:
                 time.sleep(1)
-            elif select.select([self.channel], [], [], 1)[0]:
-                message = self.channel.recv(MESSAGE_MAX)
-                if not message:
-                    raise Fault(DIED, "the listener died: every door is closed")
-                self.handle(message)
+            else:
+                ready = select.select([self.channel, self.words], [], [], 1)[0]
+                if self.words in ready:
+                    self.relay_words()
+                if self.channel in ready:
+                    with suppress(ConnectionError):
+                        message = b""
+                        message = self.channel.recv(MESSAGE_MAX)
+                    if not message:
+                        raise Fault(DIED, "the listener died: every door is closed")
+                    self.handle(message)
             if self.read_at is None:
                 self.reload()
             self.close_expired()
@@ -1102,21 +1154,27 @@ def cmd_server(options):
     if not monitor.ring.run_as:
         log(f"the listener will run as root; to change that: useradd --system tariq; chown -R tariq: {monitor.ring.home}; "
             f"gpgconf --homedir {monitor.ring.home} --kill all", 4)
-    home = os.path.dirname(monitor.path)
-    lock = os.open(home, os.O_RDONLY)  # held until this process ends, however it does
+    path = f"/run/tariq-{monitor.chain}-{os.stat('/proc/self/ns/net').st_ino}.lock"  # a chain is one of a network namespace
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)  # held until this process ends, however it does
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise Fault(SYSTEM, f"a server with a config in {home} runs already") from None
-    monitor.prepare_firewall()
+        raise Fault(SYSTEM, f"a server with the chain {monitor.chain} runs already: {path} is locked") from None
+    stopping = []
+
+    def stop(*_):  # raises once: a second signal must not break off the flush
+        stopping.append(True)
+        if len(stopping) == 1:
+            sys.exit(0)
+
     signal.signal(signal.SIGHUP, lambda *_: setattr(monitor, "read_at", None))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))  # wherever it strikes, what follows is a flush of the whole chain
+        signal.signal(number, stop)
     try:
+        monitor.prepare_firewall()
         monitor.serve()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        stopping.append(True)
         monitor.close_all()
         monitor.stop_listener()
 
@@ -1144,17 +1202,18 @@ def make_directory(path, mode):
 
 def make_key(ring, user):
     """The fingerprint of the user's key, made (Ed25519 and Curve25519, no passphrase) where there is none."""
-    if not any(user in users or user == key for key, users in ring.keys("--list-secret-keys")):
+    if not any(user in users or user == key for key, users in ring.keys("sec", "--list-secret-keys")):
         ring.gpg("--pinentry-mode", "loopback", "--passphrase", "", "--quick-generate-key", user, "future-default", "default", "never")
         log(f"made a key for {user} in {ring.home}")
-    return ring.find(user, ring.keys("--list-secret-keys"))
+    return ring.find(user, ring.keys("sec", "--list-secret-keys"))
 
 
-def import_key(ring, text):
-    """Import the one public key in a text -> (fingerprint, user ids). Raises Fault."""
-    shown = ring.keys("--show-keys", data=text)
-    if len(shown) != 1 or b"PRIVATE KEY" in text:
+def import_key(ring, text, check):
+    """Import the one public key in a text, where check(fingerprint, user ids) raises nothing; returns these. Raises Fault."""
+    shown = ring.keys("pub", "--show-keys", data=text)
+    if len(shown) != 1 or ring.keys("sec", "--show-keys", data=text):
         raise Fault(BAD_DATA, "needs one public key on stdin: tariq.py keygen, or gpg --armor --export, prints it")
+    check(*shown[0])
     ring.gpg("--import", data=text)
     log(f"imported {shown[0][0]} {' '.join(shown[0][1])} into {ring.home}")
     return shown[0]
@@ -1177,7 +1236,7 @@ def cmd_init(options):
         secret = binascii.b2a_base64(os.urandom(32)).decode()
         write_private(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}server_gpg_dir = {home}\n"
                             f"server_user = tariq@{socket.gethostname()}\n\n[allow]\n")
-    config = Config(path)
+    config = Config(path, server=True)
     home = config.get("server_gpg_dir", "server")
     if not os.path.isdir(home):
         make_directory(home, 0o700)
@@ -1192,7 +1251,10 @@ def cmd_keygen(options):
     make_directory(os.path.dirname(path), 0o700)
     if not os.path.exists(path):
         write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {os.path.dirname(path)}/gpg\n")
-    home = os.path.expanduser(Config(path).get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
+    config = Config(path)
+    if config.get("user", "client", default=options.user) != options.user:
+        log(f"{path}: [client] user is another one: change it, or knock with -u {options.user}", 4)
+    home = os.path.expanduser(config.get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
     make_directory(home, 0o700)
     ring = Keyring(home)
     os.write(1, ring.gpg("--armor", "--export", make_key(ring, options.user))[0])
@@ -1202,15 +1264,23 @@ def cmd_keygen(options):
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
-    config = Config(options.config)
+    config = Config(options.config, server=True)
+    ports, secret = config.get("secret_ports", "server"), binascii.b2a_base64(config.get("secret", "server")).decode().strip()
     try:
         lines = [shlex.join(command_of(shlex.split(line))) for line in map(" ".join, options.allow or [["O 22"]])]
     except ValueError as error:
         raise Fault(USAGE, f"--allow {error}") from None
     ring = Keyring(config.get("server_gpg_dir", "server"))
-    own = ring.find(config.get("server_user", "server"), ring.keys("--list-secret-keys"))
-    client, names = import_key(ring, sys.stdin.buffer.read(GPG_INPUT))
-    if any(named(user, client, names) for user in config.allowed()):
+    own = ring.find(config.get("server_user", "server"), ring.keys("sec", "--list-secret-keys"))
+    users = [*config.allowed(), config.get("server_user", "server")]
+    known = {key for key, names in ring.keys("pub", "--list-keys") if any(named(user, key, names) for user in users)}
+
+    def check(key, names):
+        if key not in known and any(named(user, key, names) for user in users):  # it would pass for another, or make it ambiguous
+            raise Fault(BAD_DATA, f"{key} {' '.join(names)} has the name of another user in {config.path}: it needs one of its own")
+
+    client, names = import_key(ring, sys.stdin.buffer.read(GPG_INPUT), check)
+    if client in known:
         log(f"{config.path}: {client} is in [allow] already: nothing changed")
     else:
         entry = "".join(f"    {line}\n" for line in lines)
@@ -1219,8 +1289,7 @@ def cmd_enroll(options):
         write_private(config.path, f"{before}{client} =  # {printable(' '.join(names))}\n{entry}{after}")
         log(f"{config.path}: {client} may {'; '.join(lines)}")
     profile = (f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
-               f"secret_ports = {config.ini['server']['secret_ports']}\nsecret = {config.ini['server']['secret']}\n"
-               f"server_key = {own}\n")
+               f"secret_ports = {','.join(map(str, ports))}\nsecret = {secret}\nserver_key = {own}\n")
     os.write(1, profile.encode() + ring.gpg("--armor", "--export", own)[0])
     return 0
 
@@ -1237,8 +1306,12 @@ def cmd_join(options):
         raise Fault(BAD_DATA, "no profile on stdin: tariq.py enroll prints it; did ssh or enroll fail?") from None
     config = Config(options.config)
     ring = Keyring(config.get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
-    if import_key(ring, (begin + key).encode())[0] != server:
-        raise Fault(BAD_DATA, "the profile's key is not its server_key")
+
+    def check(key, names):
+        if key != server:
+            raise Fault(BAD_DATA, "the profile's key is not its server_key")
+
+    import_key(ring, (begin + key).encode(), check)
     settings = "".join(f"{name} = {given[name]}\n" for name in ("secret_ports", "secret", "server_key"))
     if not config.ini.has_section(options.host):
         write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
