@@ -515,6 +515,7 @@ def cmd_knock(options):
     try:
         command = command_of([options.action, *options.words])
         ports = options.ports and parse("secret_ports", options.ports)
+        timeout = parse("command_timeout", options.timeout)
     except ValueError as error:
         raise Fault(USAGE, str(error)) from None
     config, own = Config(options.config), (options.host, "client")
@@ -548,7 +549,7 @@ def cmd_knock(options):
 
     # The client alone drives the exchange through losses: it repeats its knock until the result is there. The server answers
     # with the challenge, or with the result as soon as it has one, and acts once.
-    challenge, result, wait, until = None, None, WAIT, time.monotonic() + options.timeout
+    challenge, result, wait, until = None, None, WAIT, time.monotonic() + timeout
     try:
         while not result and time.monotonic() < until:
             transport.knock([frame(key, fragment_label(position, count), knock_id + sealed[position * size:(position + 1) * size])
@@ -562,24 +563,24 @@ def cmd_knock(options):
                     result = unseal(data, 2)
                 elif data := unframe(key, b"challenge", payload):
                     if not challenge:
-                        challenge = unseal(data, 33)
+                        challenge = unseal(data, 34)
                         if not challenge:
                             continue
-                        seen = printable(challenge[33:].decode(errors="replace"))
+                        patience, seen = int.from_bytes(challenge[32:34], "big"), printable(challenge[34:].decode(errors="replace"))
                         step(f"challenge sealed by {server}: it is the server, and it sees this client at {seen}")
                         if address and seen != address:
                             raise Fault(WRONG_SERVER, f"the server sees {seen}, but this machine is {address}: someone relays the knock")
-                        until = time.monotonic() + options.timeout + challenge[32]
+                        until = time.monotonic() + timeout + patience
                     transport.answer(frame(key, b"answer", knock_id + hmac.digest(challenge[:32], knock_id, "sha256")))
                     step("answer sent")
     finally:
         transport.close()
     if not challenge:
-        raise Fault(NO_ANSWER, f"no answer from {options.host} in {options.timeout} s: wrong secret_ports or secret, a clock "
+        raise Fault(NO_ANSWER, f"no answer from {options.host} in {timeout} s: wrong secret_ports or secret, a clock "
                     "more than a minute off, a key that the server does not know, no server, or a firewall on the way"
                     + (f" ({transport.trouble})" if transport.trouble else ""))
     if not result:
-        raise Fault(NO_ANSWER, f"{options.host} sent a challenge but no result in {options.timeout + challenge[32]} s: knock again")
+        raise Fault(NO_ANSWER, f"{options.host} sent a challenge but no result in {timeout + patience} s: knock again")
     step("result received")
     done, status, text = result[0], result[1], result[2:]
     if not done or command[0] != "E":
@@ -783,9 +784,9 @@ class Listener:
             raise Fault(BAD_DATA, f"{signer} asked another server for this, or in another knock: {str(to)[:40]}")
         if claimed and claimed != seen:
             log(f"{seen}: {signer} has the address {str(claimed)[:40]}: its knock is relayed, or translated on the way", 4)
-        patience = min(255, self.settings.patience if command[0] == "E" else 0)
+        patience = self.settings.patience if command[0] == "E" else 0
         knock.signer, knock.command, knock.nonce, knock.pieces = signer, command, os.urandom(32), {}
-        plain = knock.id + knock.nonce + bytes([patience]) + seen.encode()
+        plain = knock.id + knock.nonce + patience.to_bytes(2, "big") + seen.encode()
         knock.challenge = self.ring.seal(plain, own, signer)
         knock.room = max(RESULT_LEAST, FRAGMENT_MAX - HEAD - len(knock.challenge) + len(plain))
         knock.deadline, knock.state = time.monotonic() + ANSWER_TIME, "challenged"
@@ -1350,7 +1351,7 @@ def command_line():
     family = knock.add_mutually_exclusive_group()
     family.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 only")
     family.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 only")
-    knock.add_argument("-t", dest="timeout", metavar="SECONDS", type=int, default=10, help="how long to try (10)")
+    knock.add_argument("-t", dest="timeout", metavar="SECONDS", default="10", help="how long to try (10)")
     knock.add_argument("--transport", choices=("kernel", "crafted"), help="default: crafted with CAP_NET_RAW, else kernel")
     knock.add_argument("-v", dest="verbose", action="store_true", help="show each step and its time")
     knock.add_argument("host", metavar="HOST")

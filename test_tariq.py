@@ -785,6 +785,42 @@ def test_hostile_images_are_refused():
             assert len(tariq.reveal(bytes(data) if case % 2 else chance.randbytes(case % 300))) <= 484
 
 
+def test_hostile_requests_are_refused_though_they_are_signed():
+    """What an enrolled client may sign: each is one Fault, and nothing else. (The keyring is a stand-in: gpg has its own test.)"""
+    listener, knock = bare_listener(), tariq.Knock(b"i" * 12, b"\xc0\0\2\1")
+    own, mine = "F" * 40, (b"i" * 12).hex()
+    listener.settings.own, listener.settings.patience, knock.address = own, 30, b"\xc0\0\2\1"
+    good = {"to": own, "id": mine, "cmd": ["O", "22"], "ip": ""}
+    said = {}
+    listener.ring = SimpleNamespace(unseal=lambda *_: ("A" * 40, tariq.hide(tariq.cover_image(""), said["text"])), seal=lambda *_: b"sealed")
+
+    def refused(text):
+        said["text"] = text if isinstance(text, bytes) else json.dumps(text).encode()
+        knock.pieces, knock.state = {0: b""}, "working"
+        try:
+            listener.challenge(knock)
+        except tariq.Fault:
+            return knock.state == "working"
+        return False
+
+    assert not refused(good) and knock.state == "challenged" and knock.command == ["O", "22/tcp"]
+    hostile = [b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"[" * 484, b'{"a":' * 90, b"9" * 484, b"NaN", b'{"to":"\\ud800"}',
+               {**good, "to": own.lower()}, {**good, "to": None}, {**good, "to": [own]}, {**good, "id": "00" * 12}, {**good, "id": None},
+               {**good, "cmd": None}, {**good, "cmd": {}}, {**good, "cmd": "Eid"}, {**good, "cmd": []}, {**good, "cmd": ["O", 22]},
+               {**good, "cmd": ["O", ["22"]]}, {**good, "cmd": ["E", "\ud800"]}, {**good, "cmd": ["E", "a\nb"]}, {**good, "cmd": [["E"], "id"]},
+               {**good, "cmd": ["O"] + ["1"] * 80}, {key: good[key] for key in ("to", "id", "cmd")}]
+    for text in hostile:
+        assert refused(text), text
+    for claimed in (None, 7, ["x"], {"a": 1}, "203.0.113.1\n<3>forged", "\ud800"):  # only logged, escaped and cut
+        assert not refused({**good, "ip": claimed})
+    chance = random.Random(5)
+    for _ in range(CASES // 200):
+        text = bytearray(json.dumps(good).encode())
+        for _ in range(chance.randrange(1, 6)):
+            text[chance.randrange(len(text))] = chance.randrange(256)
+        refused(bytes(text))  # raises nothing but Fault
+
+
 def test_interlaced_images_carry_requests_too_or_are_refused():
     # Adam7 keeps size and mode; Pillow decodes it in whole: the same bound holds.
     import io
@@ -1455,7 +1491,7 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box, tmp_path):
         ((), dict(where="box"), 64, "required"), (("X", "22"), {}, 64, "invalid choice"), (("O",), {}, 64, "needs O PORT"),
         (("O", "0"), {}, 64, "needs ports"), (("O", "99999"), {}, 64, "needs ports"), (("O", "ssh"), {}, 64, "needs ports"),
         (("E",), {}, 64, "needs O PORT"), (("E", "a\nb"), {}, 64, "printable"), (("E", "echo", "x" * 900), {}, 64, "bytes too long"),
-        (("O", "22"), dict(options=("-p", "1,2,3")), 64, "needs 5 to 32"), (("O", "22"), dict(options=("-t", "x")), 64, "invalid int"),
+        (("O", "22"), dict(options=("-p", "1,2,3")), 64, "needs 5 to 32"), (("O", "22"), dict(options=("-t", "x")), 64, "whole number of seconds"),
         (("O", "22"), dict(options=("--transport", "pigeon")), 64, "invalid choice"), (("O", "22"), dict(options=("-4", "-6")), 64, "not allowed"),
         (("O", "22"), dict(options=("-i", covers)), 65, "needs PNG images"), (("O", "22"), dict(options=("-u", "who@example.com")), 65, "gpg: "),
         (("O", "22"), dict(conf=box.me.parent / "none.conf"), 78, "none.conf: No such file"), (("O", "22"), dict(conf=loose), 78, "chmod 600"),
@@ -3455,7 +3491,7 @@ def part_flood(link, source, destination, ports, rate):
     print("ready", flush=True)
     began = time.monotonic()
     while (now := time.monotonic() - began) < FLOOD_LONGEST and not select.select([sys.stdin], [], [], 0)[0]:
-        due, sent = min(int(now * rate) - sent, POOL), int(now * rate)  # what a busy machine missed is not made up for
+        due, sent = min(int(now * rate) - sent, rate), int(now * rate)  # a second that a busy machine missed is made up for, no more
         while due > 0:  # to the end of the pool at most; a frame that the wire does not take is skipped
             done = max(1, sendmmsg(sock.fileno(), ctypes.byref(headers, 64 * place), min(due, POOL - place), 0))
             place, due = (place + done) % POOL, due - done
