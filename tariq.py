@@ -85,6 +85,7 @@ def command_of(words):
 
 
 PORTS_MAX = 16  # in one request: each is one call of iptables, and others wait meanwhile
+RULE = (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of)
 # What a value has to be: a pattern that it matches whole, words for the error, and what makes a Python value of it.
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}", "5 to 32 unique ports, 1 to 65535, with commas", ports_of),
@@ -93,8 +94,7 @@ SYNTAX = {
     "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)[A-Za-z0-9_][A-Za-z0-9_-]{0,27}", "the name of a chain of its own", str),
     "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
     "command_timeout": (r"\d{1,3}", "a whole number of seconds, below 1000", int),
-    "open_tcp_port": (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of),
-    "open_udp_port": (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of),
+    "open_tcp_port": RULE, "open_udp_port": RULE,
     "[allow]": (r"[^\0]*", "lines of O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...]",
                 lambda text: [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]),
 }
@@ -169,7 +169,7 @@ class Keyring:
             self.owner = pwd.getpwuid(os.stat(self.home).st_uid)
         except (OSError, KeyError):
             raise Fault(CONFIG, f"{self.home}: no keyring directory of a user: tariq.py init or keygen makes one") from None
-        if os.geteuid() == 0 != self.owner.pw_uid:
+        if os.geteuid() == 0 and self.owner.pw_uid != 0:
             self.run_as = {"preexec_fn": lambda: drop_privileges(self.owner), "start_new_session": True}
             self.environment = {"PATH": os.environ["PATH"], "HOME": self.home, "LC_ALL": "C"}
 
@@ -449,18 +449,18 @@ class CraftedTransport(KernelTransport):
         self.scapy, self.port = load_scapy(), 32768 + int.from_bytes(os.urandom(2), "big") % 28000
         self.ip = (self.scapy.IP if family == socket.AF_INET else self.scapy.IPv6)(src=self.own, dst=address[0])
         try:
-            self.sockets.append(socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW))
+            self.raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.sniffer, self.offset = packet_socket(self.scapy, self.ip.route()[0],
                                                       f"tcp and src host {address[0]} and src port {ports[-1]} and "
                                                       f"dst portrange {self.port}-{self.port + 200}")
         except PermissionError:
             raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: use sudo, or --transport kernel") from None
-        self.sockets.append(self.sniffer)
+        self.sockets += [self.raw, self.sniffer]
 
     def send(self, payload, **fields):
         packet = self.ip / self.scapy.TCP(window=64240, **fields) / payload
         try:
-            self.sockets[0].sendto(bytes(packet), (self.address[0], 0, *self.address[2:]))
+            self.raw.sendto(bytes(packet), (self.address[0], 0, *self.address[2:]))
         except OSError as error:
             self.trouble = error.strerror
 
@@ -518,15 +518,15 @@ def cmd_knock(options):
         timeout = parse("command_timeout", options.timeout)
     except ValueError as error:
         raise Fault(USAGE, str(error)) from None
-    config, own = Config(options.config), (options.host, "client")
-    ports, secret = ports or config.get("secret_ports", *own), config.get("secret", *own)
-    key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *own)
-    user = options.user or config.get("user", *own)
+    config, sections = Config(options.config), (options.host, "client")
+    ports, secret = ports or config.get("secret_ports", *sections), config.get("secret", *sections)
+    key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *sections)
+    user = options.user or config.get("user", *sections)
     user = f"<{user}>" if "@" in user else user  # gpg: exactly this email; else a fingerprint
-    ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *own, default="~/.config/tariq/gpg"))
+    ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *sections, default="~/.config/tariq/gpg"))
     ring.time = 120  # pinentry waits for a person
-    covers = config.get("img_dir", *own, default="") if options.img_dir is None else options.img_dir
-    transport = open_transport(config.get("host", *own, default=options.host), options.family, options.transport, ports)
+    covers = config.get("img_dir", *sections, default="") if options.img_dir is None else options.img_dir
+    transport = open_transport(config.get("host", *sections, default=options.host), options.family, options.transport, ports)
     address = "" if any(ipaddress.ip_address(transport.own) in network for network in TRANSLATED) else transport.own
 
     knock_id = os.urandom(ID)
@@ -632,8 +632,13 @@ def packet_socket(scapy, interface, bpf):
 
 
 class Knock:
-    """A knock under way. Its state goes collecting -> working -> challenged -> asked -> done, or from working to refused; each
-    step is made by one thread alone, which has all else in place before: the loop, a worker, the reader of results."""
+    """A knock under way. Each change of its state is made by one thread alone, which has all else in place before:
+
+    collecting -> working      the loop, with the last fragment      a worker's turn: `challenge`
+    working -> challenged      a worker, or -> refused               the challenge is sent, now and at each repeated knock
+    challenged -> asked        the loop, with the right answer       the monitor has the request
+    asked -> done              the reader of the monitor's results   the result is sent, now and at each repeated knock
+    """
 
     def __init__(self, knock_id, owner):
         self.id, self.owner, self.pieces, self.state, self.queued, self.deadline = knock_id, owner, {}, "collecting", False, 0
@@ -987,17 +992,17 @@ class Monitor:
         user, patterns = self.users.get(signer, (signer, []))
         event = f"{user} {ip} {shlex.join(command)}"
         if not permitted(patterns, command):
-            self.finish(knock_id, event, REFUSED, f"refused: {shlex.join(command)}: not allowed to {user}")
+            self.finish(knock_id, event, False, REFUSED, f"refused: {shlex.join(command)}: not allowed to {user}")
         elif command[0] == "E" and signer in self.running:
-            self.finish(knock_id, event, REFUSED, "refused: the last command is still running")
+            self.finish(knock_id, event, False, REFUSED, "refused: the last command is still running")
         elif command[0] == "E":
             self.running[signer] = None
             threading.Thread(target=self.execute, args=(knock_id, event, signer, command[1:]), daemon=True).start()
         else:
             try:
-                self.finish(knock_id, event, 0, self.move_doors(command[0], ip, command[1:], signer))
+                self.finish(knock_id, event, True, 0, self.move_doors(command[0], ip, command[1:], signer))
             except Fault as fault:
-                self.finish(knock_id, event, SYSTEM, str(fault))
+                self.finish(knock_id, event, False, SYSTEM, str(fault))
 
     def move_doors(self, action, ip, ports, signer):
         names = ", ".join(f"{protocol}/{number}" for number, protocol in (port.split("/") for port in ports))
@@ -1034,16 +1039,15 @@ class Monitor:
         except (OSError, ValueError) as error:
             status, output = 127, f"{words[0]}: {getattr(error, 'strerror', error)}\n".encode()
         del self.running[signer]
-        self.finish(knock_id, event, status if status >= 0 else 128 - status, bytes(output))
+        status = status if status >= 0 else 128 - status  # a signal's number, as a shell has it
+        self.finish(knock_id, event, True, status, f"exit status {status}", bytes(output))
 
-    def finish(self, knock_id, event, status, text):
+    def finish(self, knock_id, event, done, status, verdict, output=None):
         """Log one event - who, from where, what, verdict - and give the listener the result: id, done, status, text."""
-        done = status == 0 or isinstance(text, bytes)
-        verdict = f"exit status {status}" if isinstance(text, bytes) else text.replace(" on {host}", "")
-        log(f"{event}: {verdict}", 6 if done else 4)
+        log(f"{event}: {verdict.replace(' on {host}', '')}", 6 if done else 4)
+        text = verdict.encode() if output is None else output
         with suppress(OSError, AttributeError):  # a listener that is gone or does not read: its client will hear nothing
-            self.channel.send(knock_id + bytes([done, status]) + (text if isinstance(text, bytes) else text.encode()),
-                              socket.MSG_DONTWAIT)
+            self.channel.send(knock_id + bytes([done, status]) + text, socket.MSG_DONTWAIT)
 
     def start_listener(self):
         """Fork the listener, with the packet socket opened for it and nothing else of root's. Raises OSError."""
@@ -1107,22 +1111,22 @@ class Monitor:
 
     def serve(self):
         """Until a signal ends it: the listener's messages, expired doors, and an interface that comes and goes."""
-        listening = 0
+        listening = complaint = None
         while True:
             try:
                 wanted = socket.if_nametoindex(self.settings.interface), vars(self.settings)
                 if wanted != listening:
                     self.stop_listener()
                     self.start_listener()
-                    listening = wanted
+                    listening, complaint = wanted, None
                     log(f"listening on {self.settings.interface} for knocks on {len(self.settings.ports)} ports, {len(self.users)} "
                         f"users, chain {self.chain}, listener runs as {self.ring.owner.pw_name}")
             except PermissionError:
                 raise Fault(SYSTEM, "packet sockets need CAP_NET_RAW and CAP_NET_ADMIN") from None
             except OSError as error:
-                if listening != error.errno:
+                if str(error) != complaint:
                     log(f"{self.settings.interface}: {error.strerror or error}: waiting for the interface", 4)
-                listening = error.errno
+                listening, complaint = None, str(error)
             if self.channel is None:
                 time.sleep(1)
             else:
@@ -1331,14 +1335,13 @@ class Parser(argparse.ArgumentParser):
 
 def command_line():
     """The parser; each subcommand's function is its `function`."""
-    parser = Parser(prog="tariq.py", description="Port knocking with hidden, signed, encrypted requests.", epilog=EXIT_CODES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(prog="tariq.py", description="Port knocking with hidden, signed, encrypted requests.", **style)
     parser.add_argument("--version", action="version", version=f"Tariq {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, function, text):
-        sub = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(name, help=text, description=text, **style)
         sub.set_defaults(function=function)
         sub.add_argument("-c", dest="config", metavar="CONF", help="config (~/.config/tariq/tariq.conf, /etc/tariq/tariq.conf)")
         return sub

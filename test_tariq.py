@@ -1417,6 +1417,46 @@ def test_twelve_clients_at_once_all_get_in(box):
     assert len(box.server.rules()) == 1
 
 
+TUNNEL = r"""
+# One end of a tunnel: packets without a link header, carried over UDP.
+import fcntl, os, select, socket, struct, sys
+tun = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH", b"tun0", 0x1001))  # TUNSETIFF: IFF_TUN | IFF_NO_PI
+wire = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+wire.bind((sys.argv[1], 5555))
+print("ready", flush=True)
+while True:
+    for source in select.select([tun, wire], [], [])[0]:
+        if source is wire: os.write(tun, wire.recv(2000))
+        else: wire.sendto(os.read(tun, 2000), (sys.argv[2], 5555))
+"""
+
+
+@needs_root
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no tun devices here")
+def test_knocks_arrive_through_a_tunnel_that_has_no_link_header():
+    """As on a VPN's or a PPP interface: IPv4 and IPv6, both transports, an MTU below Ethernet's."""
+    with Lab() as lab:
+        server, client = lab.host("server", 10), lab.host("client", 20)
+        server.drop_policy()
+        server.run("iptables", "-A", "INPUT", "-i", "eth0", "-p", "udp", "--dport", "5555", "-j", "ACCEPT")
+        for host, other, ip, ip6 in ((server, client, "203.0.113.1", "2001:db8:9::1"), (client, server, "203.0.113.2", "2001:db8:9::2")):
+            end = host.popen(sys.executable, "-c", TUNNEL, host.ip, other.ip, stdout=subprocess.PIPE)
+            assert end.stdout.readline() == "ready\n"
+            host.run("ip", "addr", "add", f"{ip}/30", "dev", "tun0")
+            host.run("ip", "addr", "add", f"{ip6}/64", "dev", "tun0", "nodad")
+            host.run("ip", "link", "set", "tun0", "up", "mtu", "1280")
+        conf = make_server(lab, server, interface="tun0")
+        mine = make_client(lab, client, server, conf)
+        text, running = mine.read_text(), Server(lab, server, conf).wait_log("listening on tun0")
+        for address, own in (("203.0.113.1", "203.0.113.2"), ("2001:db8:9::1", "2001:db8:9::2")):
+            mine.write_text(text.replace(f"host = {server.ip}", f"host = {address}"))
+            for transport, user in (("kernel", NOBODY), ("crafted", None)):
+                done = lab.tariq(client, "knock", "-c", mine, "--transport", transport, "box", "O", "22", user=user)
+                assert f"for {own} until" in done.stdout
+        assert running.stop() == 0
+
+
 # ---- the monitor believes nothing ------------------------------------------------------------------------------------
 
 MONITOR = r"""
