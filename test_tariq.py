@@ -2948,49 +2948,34 @@ def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
     assert locked.shell("cat asked").stdout == "asked\n"
 
 
+def knock_on_a_terminal(client, types):
+    """Knock on a pseudo-terminal where somebody types at the passphrase prompt -> (exit code, all that it showed)."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        argv = client.command(["tariq.py", "knock", "-t", "4", "box.example.com", "O", "22"], "me")
+        os.execvp(argv[0], argv)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal's last user is gone
+        while data := os.read(terminal, 4096):
+            said += data
+            if b"passphrase of your" in data:
+                os.write(terminal, types)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
 @needs_root
 def test_a_passphrase_is_asked_once_on_a_terminal_without_pinentry(locked):
     without_pinentry(locked)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        argv = locked.command(["tariq.py", "knock", "-t", "4", "box.example.com", "O", "22"], "me")
-        os.execvp(argv[0], argv)
-    said = b""
-    while True:
-        try:
-            data = os.read(terminal, 4096)
-        except OSError:  # the terminal's last user is gone
-            break
-        if not data:
-            break
-        said += data
-        if b"passphrase" in data:
-            os.write(terminal, b"correct-horse-7\n")
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
-    assert said.count(b"passphrase of your") == 1 and b"opened tcp/22" in said and b"correct-horse" not in said
+    code, said = knock_on_a_terminal(locked, b"correct-horse-7\n")
+    assert code == 0 and said.count(b"passphrase of your") == 1 and b"opened tcp/22" in said and b"correct-horse" not in said, said
 
 
 @needs_root
 def test_a_wrong_passphrase_is_one_clear_error(locked):
     without_pinentry(locked)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        argv = locked.command(["tariq.py", "knock", "-t", "4", "box.example.com", "O", "22"], "me")
-        os.execvp(argv[0], argv)
-    said = b""
-    while True:
-        try:
-            data = os.read(terminal, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        said += data
-        if b"passphrase of your" in data:
-            os.write(terminal, b"wrong\n")
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 65 and b"Bad passphrase" in said and said.count(b"passphrase of your") == 1, said
+    code, said = knock_on_a_terminal(locked, b"wrong\n")
+    assert code == 65 and b"Bad passphrase" in said and said.count(b"passphrase of your") == 1, said
 
 
 @needs_root
