@@ -21,7 +21,7 @@ Trust boundaries:
 
 Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root), set-up, command line.
 """
-import argparse, binascii, configparser, errno, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd, queue, re, select, shlex
+import argparse, binascii, configparser, errno, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd, re, select, shlex
 import signal, socket, struct, subprocess, sys, threading, time
 from collections import OrderedDict
 from contextlib import suppress
@@ -655,6 +655,7 @@ class Listener:
         self.last, self.labels = count - 1, [fragment_label(position, count) for position in range(count)] + [b"answer"]
         self.positions = {port.to_bytes(2, "big"): position for position, port in enumerate(settings.ports)}
         self.taggers = [tagger(settings.key, label) for label in self.labels]
+        import queue  # the client does without
         self.seen, self.knocks, self.jobs, self.began = OrderedDict(), {}, queue.SimpleQueue(), time.time() * 1000
 
     # ==== unauthenticated bytes: from here ====
