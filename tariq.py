@@ -93,7 +93,7 @@ SYNTAX = {
     "server_key": (r"[0-9A-Fa-f]{40}", "the server key's fingerprint, 40 hex digits without spaces", str.upper),
     "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)[A-Za-z0-9_][A-Za-z0-9_-]{0,27}", "the name of a chain of its own", str),
     "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
-    "command_timeout": (r"\d{1,3}", "a whole number of seconds, below 1000", int),
+    "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
     "open_tcp_port": RULE, "open_udp_port": RULE,
     "[allow]": (r"[^\0]*", "lines of O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...]",
                 lambda text: [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]),
@@ -171,7 +171,7 @@ class Keyring:
             raise Fault(CONFIG, f"{self.home}: no keyring directory of a user: tariq.py init or keygen makes one") from None
         if os.geteuid() == 0 and self.owner.pw_uid != 0:
             self.run_as = {"preexec_fn": lambda: drop_privileges(self.owner), "start_new_session": True}
-            self.environment = {"PATH": os.environ["PATH"], "HOME": self.home, "LC_ALL": "C"}
+            self.environment = {"PATH": SAFE_PATH, "HOME": self.home, "LC_ALL": "C"}
 
     def gpg(self, *arguments, data=b""):
         """Run gpg once -> (output, status lines as lists of words). `data` is bytes, or makes them while gpg starts. Raises
@@ -452,7 +452,7 @@ class CraftedTransport(KernelTransport):
             self.raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.sniffer, self.offset = packet_socket(self.scapy, self.ip.route()[0],
                                                       f"tcp and src host {address[0]} and src port {ports[-1]} and "
-                                                      f"dst portrange {self.port}-{self.port + 200}")
+                                                      f"dst portrange {self.port}-{self.port + 4000}")
         except PermissionError:
             raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: use sudo, or --transport kernel") from None
         self.sockets += [self.raw, self.sniffer]
@@ -522,7 +522,7 @@ def cmd_knock(options):
     ports, secret = ports or config.get("secret_ports", *sections), config.get("secret", *sections)
     key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *sections)
     user = options.user or config.get("user", *sections)
-    user = f"<{user}>" if "@" in user else user  # gpg: exactly this email; else a fingerprint
+    user = f"<{user}>" if "@" in user and "<" not in user else user  # gpg: exactly this email; else a fingerprint
     ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *sections, default="~/.config/tariq/gpg"))
     ring.time = 120  # pinentry waits for a person
     covers = config.get("img_dir", *sections, default="") if options.img_dir is None else options.img_dir
@@ -542,6 +542,8 @@ def cmd_knock(options):
         try:
             signer, plain = ring.unseal(data, user)
         except Fault as fault:
+            if "decryption failed" in str(fault):
+                return None  # sealed for somebody else, and sent to us by whoever saw it
             raise Fault(WRONG_SERVER, f"an answer that server_key {server} did not seal: {fault}") from None
         if not hmac.compare_digest(signer, server):
             raise Fault(WRONG_SERVER, f"the answer is signed by {signer}, not by server_key {server}")
@@ -566,7 +568,7 @@ def cmd_knock(options):
                         challenge = unseal(data, 34)
                         if not challenge:
                             continue
-                        patience, seen = int.from_bytes(challenge[32:34], "big"), printable(challenge[34:].decode(errors="replace"))
+                        patience, seen = min(999, int.from_bytes(challenge[32:34], "big")), printable(challenge[34:].decode(errors="replace"))
                         step(f"challenge sealed by {server}: it is the server, and it sees this client at {seen}")
                         if address and seen != address:
                             raise Fault(WRONG_SERVER, f"the server sees {seen}, but this machine is {address}: someone relays the knock")
@@ -647,7 +649,7 @@ class Knock:
 
 class Listener:
     """Gate, reassembly and dialogue. All its memory is bounded, and so is one address's share of it and of the workers: who
-    has the secret and floods, stands in the own way only."""
+    has the secret and floods from one address, stands in that address's way only."""
 
     def __init__(self, settings, ring, scapy, sock, link_header, channel):
         self.settings, self.ring, self.scapy, self.sock, self.ip, self.channel = settings, ring, scapy, sock, link_header, channel
@@ -907,7 +909,7 @@ class Monitor:
         routes = self.scapy.conf.route.route("0.0.0.0")[0], self.scapy.conf.route6.route("2001:db8::")[0]
         interface = config.get("interface", "server", default=next((name for name in routes if name not in ("lo", None)), None))
         settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get("secret", "server"), ports),
-                                   interface=interface, patience=timeout)
+                                   interface=interface, patience=timeout, home=ring.home)
         ring.seal(b"", own, own)  # the key signs, and gpg-agent is up before the first knock
         self.open_timeout, self.command_timeout = config.get("open_timeout", "server", default=3600), timeout
         self.path, self.chain, self.rules, self.users, self.ring, self.settings = config.path, chain, rules, users, ring, settings
@@ -1018,25 +1020,25 @@ class Monitor:
     def execute(self, knock_id, event, signer, words):
         """Run a permitted command without a shell, for command_timeout seconds, keeping OUTPUT_MAX bytes of its output."""
         log("+ " + shlex.join(words), 5)
-        output = bytearray()
-
-        def read():
-            while data := os.read(process.stdout.fileno(), 65536):
-                output.extend(data[:OUTPUT_MAX - len(output)])
-
+        output, end = bytearray(), time.monotonic() + self.command_timeout
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/",
                                        start_new_session=True, env={"PATH": SAFE_PATH, "LC_ALL": "C.UTF-8"})
             self.running[signer] = process
-            reader = threading.Thread(target=read, daemon=True)
-            reader.start()
-            try:
-                status = process.wait(self.command_timeout)
-            except subprocess.TimeoutExpired:
+            while process.poll() is None and time.monotonic() < end:
+                if select.select([process.stdout], [], [], 0.02)[0]:
+                    data = os.read(process.stdout.fileno(), 65536)
+                    output += data[:OUTPUT_MAX - len(output)]
+                    time.sleep(0 if data else 0.02)
+            if (status := process.returncode) is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 status = 124  # as timeout(1) has it
-            reader.join(0.5)  # not longer: a daemon that the command started may hold the pipe
+            # The rest, without waiting: a daemon that the command started may hold the pipe.
+            while len(output) < OUTPUT_MAX and select.select([process.stdout], [], [], 0)[0] and (
+                    data := os.read(process.stdout.fileno(), OUTPUT_MAX - len(output))):
+                output += data
+            process.stdout.close()
         except (OSError, ValueError) as error:
             status, output = 127, f"{words[0]}: {getattr(error, 'strerror', error)}\n".encode()
         del self.running[signer]
@@ -1056,10 +1058,10 @@ class Monitor:
         sock, link_header = packet_socket(self.scapy, self.settings.interface, f"({ports}) and greater 80 and less 1500")
         sock.ins.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BUFFER)  # SO_RCVBUFFORCE
         sock.ins.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER: whoever takes the listener over sees no more than it
-        self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.words, words = os.pipe()  # its stderr: it has neither the monitor's log nor its terminal in hand
-        self.pid = os.fork()
-        if self.pid == 0:
+        ours, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        said, words = os.pipe()  # its stderr: it has neither the monitor's log nor its terminal in hand
+        pid = os.fork()
+        if pid == 0:
             try:
                 os.setsid()
                 os.dup2(os.open("/dev/null", os.O_RDWR), 0)
@@ -1082,7 +1084,8 @@ class Monitor:
         channel.close()
         sock.close()
         os.close(words)
-        os.set_blocking(self.words, False)
+        os.set_blocking(said, False)
+        self.channel, self.words, self.pid = ours, said, pid
 
     def stop_listener(self):
         if self.channel:
@@ -1094,11 +1097,14 @@ class Monitor:
             self.channel = None
 
     def relay_words(self):
-        """Log what the listener said, as its own words: <priority>line."""
+        """Log what the listener said, as its own words: <priority>line. False when it has closed its end."""
+        words = b"\n"
         with suppress(BlockingIOError):
-            for line in filter(None, os.read(self.words, 65536).decode(errors="replace").split("\n")):
-                priority, text = (int(line[1]), line[3:]) if re.match("<[3-6]>", line) else (3, line)
-                log(f"listener: {text}", priority)
+            words = os.read(self.words, 65536)
+        for line in filter(None, words.decode(errors="replace").split("\n")):
+            priority, text = (int(line[1]), line[3:]) if re.match("<[3-6]>", line) else (3, line)
+            log(f"listener: {text}", priority)
+        return bool(words)
 
     def reload(self):
         """Read the config again if it has changed, or if SIGHUP asks for it."""
@@ -1131,15 +1137,13 @@ class Monitor:
             if self.channel is None:
                 time.sleep(1)
             else:
-                ready = select.select([self.channel, self.words], [], [], 1)[0]
-                if self.words in ready:
-                    self.relay_words()
-                if self.channel in ready:
-                    with suppress(ConnectionError):
-                        message = b""
-                        message = self.channel.recv(MESSAGE_MAX)
-                    if not message:
-                        raise Fault(DIED, "the listener died: every door is closed")
+                ready, message = select.select([self.channel, self.words], [], [], 1)[0], b""
+                alive = self.words not in ready or self.relay_words()
+                with suppress(ConnectionError):
+                    message = self.channel.recv(MESSAGE_MAX) if self.channel in ready else None
+                if not alive or message == b"":
+                    raise Fault(DIED, "the listener died: every door is closed")
+                if message:
                     self.handle(message)
             if self.read_at is None:
                 self.reload()
@@ -1155,6 +1159,7 @@ def need_root():
 def cmd_server(options):
     """Serve until SIGTERM or SIGINT; the chain is empty before and after. SIGHUP reads the config again."""
     need_root()
+    signal.signal(signal.SIGHUP, lambda *_: None)  # one that comes before the server is ready must not end it
     import PIL.PngImagePlugin  # before the fork: no knock waits for it
     monitor = Monitor(options.config, load_scapy())
     if not monitor.ring.run_as:
@@ -1208,21 +1213,28 @@ def make_directory(path, mode):
 
 def make_key(ring, user):
     """The fingerprint of the user's key, made (Ed25519 and Curve25519, no passphrase) where there is none."""
-    if not any(user in users or user == key for key, users in ring.keys("sec", "--list-secret-keys")):
+    if not any(named(user, key, names) for key, names in ring.keys("sec", "--list-secret-keys")):
         ring.gpg("--pinentry-mode", "loopback", "--passphrase", "", "--quick-generate-key", user, "future-default", "default", "never")
         log(f"made a key for {user} in {ring.home}")
     return ring.find(user, ring.keys("sec", "--list-secret-keys"))
 
 
-def import_key(ring, text, check):
-    """Import the one public key in a text, where check(fingerprint, user ids) raises nothing; returns these. Raises Fault."""
+def show_key(ring, text):
+    """(fingerprint, user ids) of the one public key in a text; nothing is imported. Raises Fault."""
     shown = ring.keys("pub", "--show-keys", data=text)
     if len(shown) != 1 or ring.keys("sec", "--show-keys", data=text):
         raise Fault(BAD_DATA, "needs one public key on stdin: tariq.py keygen, or gpg --armor --export, prints it")
-    check(*shown[0])
-    ring.gpg("--import", data=text)
-    log(f"imported {shown[0][0]} {' '.join(shown[0][1])} into {ring.home}")
     return shown[0]
+
+
+def import_key(ring, text, key, names):
+    ring.gpg("--import", data=text)
+    log(f"imported {key} {' '.join(names)} into {ring.home}")
+
+
+def lock_directory(path):
+    """One set-up command at a time on the config of this path, until the process ends: two would lose one's changes."""
+    fcntl.flock(os.open(os.path.dirname(path), os.O_RDONLY), fcntl.LOCK_EX)
 
 
 def cmd_init(options):
@@ -1236,7 +1248,8 @@ def cmd_init(options):
     except KeyError:
         run("useradd", "--system", "--home-dir", home, "--no-create-home", "--shell", "/usr/sbin/nologin", "tariq")
         owner = pwd.getpwnam("tariq")
-    make_directory(os.path.dirname(path), 0o755)
+    make_directory(os.path.dirname(path), 0o711)  # to be passed through, not to be listed or locked by others
+    lock_directory(path)
     if not os.path.exists(path):
         ports = ",".join(str(port) for port in random.SystemRandom().sample(range(1024, 32768), 5))
         secret = binascii.b2a_base64(os.urandom(32)).decode()
@@ -1255,6 +1268,7 @@ def cmd_keygen(options):
     """Make a client's config, keyring and key where missing; print the public key."""
     path = os.path.abspath(options.config or os.path.expanduser("~/.config/tariq/tariq.conf"))
     make_directory(os.path.dirname(path), 0o700)
+    lock_directory(path)
     if not os.path.exists(path):
         write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {os.path.dirname(path)}/gpg\n")
     config = Config(path)
@@ -1270,30 +1284,31 @@ def cmd_keygen(options):
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
+    lock_directory(Config(options.config, server=True).path)
     config = Config(options.config, server=True)
     ports, secret = config.get("secret_ports", "server"), binascii.b2a_base64(config.get("secret", "server")).decode().strip()
     try:
         lines = [shlex.join(command_of(shlex.split(line))) for line in map(" ".join, options.allow or [["O 22"]])]
+        if any(re.search(r"\s#", line) for line in lines):
+            raise ValueError("may hold no word that begins with #: in a config that is a comment")
     except ValueError as error:
         raise Fault(USAGE, f"--allow {error}") from None
-    ring = Keyring(config.get("server_gpg_dir", "server"))
+    ring, text = Keyring(config.get("server_gpg_dir", "server")), sys.stdin.buffer.read(GPG_INPUT)
     own = ring.find(config.get("server_user", "server"), ring.keys("sec", "--list-secret-keys"))
-    users = [*config.allowed(), config.get("server_user", "server")]
-    known = {key for key, names in ring.keys("pub", "--list-keys") if any(named(user, key, names) for user in users)}
-
-    def check(key, names):
-        if key not in known and any(named(user, key, names) for user in users):  # it would pass for another, or make it ambiguous
-            raise Fault(BAD_DATA, f"{key} {' '.join(names)} has the name of another user in {config.path}: it needs one of its own")
-
-    client, names = import_key(ring, sys.stdin.buffer.read(GPG_INPUT), check)
-    if client in known:
-        log(f"{config.path}: {client} is in [allow] already: nothing changed")
+    key, names = show_key(ring, text)
+    before = dict(ring.keys("pub", "--list-keys")).get(key, [])
+    claimed = [user for user in [*config.allowed(), config.get("server_user", "server")] if named(user, key, names)]
+    if any(key != user.upper() and not named(user, "", before) for user in claimed):
+        raise Fault(BAD_DATA, f"{key} {' '.join(names)} has the name of another user in {config.path}: it needs one of its own")
+    import_key(ring, text, key, names)
+    if claimed:
+        log(f"{config.path}: {key} is in [allow] already: nothing changed")
     else:
-        entry = "".join(f"    {line}\n" for line in lines)
-        head = re.search(r"^\[allow\].*\n?", config.text, re.MULTILINE)
-        before, after = (config.text[:head.end()], config.text[head.end():]) if head else (config.text + "\n[allow]\n", "")
-        write_private(config.path, f"{before}{client} =  # {printable(' '.join(names))}\n{entry}{after}")
-        log(f"{config.path}: {client} may {'; '.join(lines)}")
+        text = config.text if config.ini.has_section("allow") else config.text + "\n[allow]"
+        end = re.search(r"^\[allow\].*", text, re.MULTILINE).end()
+        entry = f"\n{key} =  # {printable(' '.join(names))}" + "".join(f"\n    {line}" for line in lines)
+        write_private(config.path, text[:end] + entry + (text[end:] or "\n"))
+        log(f"{config.path}: {key} may {'; '.join(lines)}")
     profile = (f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
                f"secret_ports = {','.join(map(str, ports))}\nsecret = {secret}\nserver_key = {own}\n")
     os.write(1, profile.encode() + ring.gpg("--armor", "--export", own)[0])
@@ -1310,14 +1325,13 @@ def cmd_join(options):
         _, _, server = (parse(name, given[name]) for name in ("secret_ports", "secret", "server_key"))
     except (configparser.Error, KeyError, ValueError):
         raise Fault(BAD_DATA, "no profile on stdin: tariq.py enroll prints it; did ssh or enroll fail?") from None
+    lock_directory(Config(options.config).path)
     config = Config(options.config)
     ring = Keyring(config.get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
-
-    def check(key, names):
-        if key != server:
-            raise Fault(BAD_DATA, "the profile's key is not its server_key")
-
-    import_key(ring, (begin + key).encode(), check)
+    found, names = show_key(ring, (begin + key).encode())
+    if found != server:
+        raise Fault(BAD_DATA, "the profile's key is not its server_key")
+    import_key(ring, (begin + key).encode(), found, names)
     settings = "".join(f"{name} = {given[name]}\n" for name in ("secret_ports", "secret", "server_key"))
     if not config.ini.has_section(options.host):
         write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
@@ -1384,6 +1398,8 @@ def main():
         code, text = MISSING, f"{error.filename} is not there: apt-get install gnupg iptables"
     except OSError as error:
         code, text = SYSTEM, f"{error.filename or 'the system'}: {error.strerror}"
+    except UnicodeError:
+        code, text = USAGE, "arguments and input must be UTF-8 text"
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
     print(f"tariq: {printable(text)}", file=sys.stderr)

@@ -71,8 +71,8 @@ class Host:
     def __init__(self, lab, name, number, prefix="198.51.100", prefix6="2001:db8:1:"):
         self.lab, self.name, self.netns, self.processes = lab, name, f"{lab.prefix}-{name}", []
         self.ip, self.ip6 = f"{prefix}.{number}", f"{prefix6}:{number}"
+        lab.undo.callback(self.delete)  # first: Ctrl-C may come between any two lines
         sh("ip", "netns", "add", self.netns)
-        lab.undo.callback(self.delete)
         sh("ip", "-n", self.netns, "link", "set", "lo", "up")
         for family in "4", "6":
             sh("ip", "netns", "exec", self.netns, "sysctl", "-qw", f"net.ipv{family}.conf.all.forwarding=0")
@@ -145,8 +145,8 @@ class Lab:
         try:
             if not user_exists("tariq"):  # which `init` makes; deleted when the hosts, and all that runs there, are gone
                 self.undo.callback(sh, "userdel", "-f", "tariq", check=False)
-            sh("ip", "netns", "add", self.switch)
             self.undo.callback(sh, "ip", "netns", "del", self.switch, check=False)
+            sh("ip", "netns", "add", self.switch)
             sh("ip", "-n", self.switch, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
             sh("ip", "-n", self.switch, "link", "set", "br0", "up")
         except BaseException:
@@ -1532,6 +1532,7 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box, tmp_path):
         (("O", "0"), {}, 64, "needs ports"), (("O", "99999"), {}, 64, "needs ports"), (("O", "ssh"), {}, 64, "needs ports"),
         (("E",), {}, 64, "needs O PORT"), (("E", "a\nb"), {}, 64, "printable"), (("E", "echo", "x" * 900), {}, 64, "bytes too long"),
         (("O", "22"), dict(options=("-p", "1,2,3")), 64, "needs 5 to 32"), (("O", "22"), dict(options=("-t", "x")), 64, "whole number of seconds"),
+        (("O", "22"), dict(options=("-t", "0")), 64, "1 to 999"),
         (("O", "22"), dict(options=("--transport", "pigeon")), 64, "invalid choice"), (("O", "22"), dict(options=("-4", "-6")), 64, "not allowed"),
         (("O", "22"), dict(options=("-i", covers)), 65, "needs PNG images"), (("O", "22"), dict(options=("-u", "who@example.com")), 65, "gpg: "),
         (("O", "22"), dict(conf=box.me.parent / "none.conf"), 78, "none.conf: No such file"), (("O", "22"), dict(conf=loose), 78, "chmod 600"),
@@ -1708,6 +1709,90 @@ def test_enrolment_takes_no_impostor_no_secret_key_and_not_two_keys(box):
         assert done.returncode == 65
     finally:
         box.conf.write_text(named)
+
+
+@needs_root
+def test_a_known_client_cannot_take_a_further_name_that_is_somebody_elses(box):
+    conf = second_client(box, "climber")
+    mine, text = fingerprint(box, "climber@example.com"), box.conf.read_text()
+    gpg = ["gpg", "--homedir", conf.parent / "gpg", "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+    box.client.run(*gpg, "--quick-add-uid", mine, "Boss <boss@example.com>", user=NOBODY)
+    box.conf.write_text(text + "boss@example.com =\n    O 22\n")
+    try:
+        key = box.client.run(*gpg, "--armor", "--export", mine, user=NOBODY).stdout
+        done = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=key, stdin=None, check=False)
+        assert done.returncode == 65 and "the name of another user" in done.stderr
+        assert "boss@" not in server_gpg(box, "--with-colons", "--list-keys").stdout
+    finally:
+        box.conf.write_text(text)
+
+
+@needs_root
+def test_what_enroll_writes_can_always_be_read_again(box):
+    keys = [subprocess.run(box.client.command([*PYTHON, box.lab.dir / "tariq.py", "keygen", "-c", box.lab.dir / f"many-{number}" / "tariq.conf",
+                                               f"Many {number} <many{number}@example.com>"]), capture_output=True, check=True).stdout
+            for number in range(4)]
+    enroll = box.server.command([*PYTHON, box.lab.dir / "tariq.py", "enroll", "-c", box.conf])
+    text = box.conf.read_text()
+    try:
+        done = subprocess.run([*enroll, "--allow", "E echo 'a #b'"], input=keys[0], capture_output=True, check=False)
+        assert done.returncode == 64 and b"is a comment" in done.stderr, done
+        assert box.conf.read_text() == text
+        box.conf.write_text(text[:text.index("[allow]")] + "[allow]")  # an editor that leaves out the last newline
+        together = [subprocess.Popen(enroll, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in keys]
+        for process, key in zip(together, keys):  # all at once: none may lose another's entry
+            process.stdin.write(key)
+            process.stdin.close()
+        assert [process.wait(30) for process in together] == [0] * 4
+        for process in together:
+            process.stdout.close()
+            process.stderr.close()
+        assert len(tariq.Config(box.conf).allowed()) == 4 and "many3@example.com" in box.conf.read_text()
+    finally:
+        box.conf.write_text(text)
+
+
+@needs_root
+def test_init_keeps_the_key_of_a_server_that_was_made_by_hand(box):
+    conf = second_server(box, "handmade")
+    ring = box.lab.dir / "handmade-ring"
+    owner = pwd.getpwnam("tariq")
+    sh("install", "-d", "-m", "700", "-o", "tariq", "-g", str(owner.pw_gid), ring)
+    gpg = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "gpg", "--homedir", ring, "--batch",
+           "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+    sh(*gpg, "--quick-generate-key", "Tariq <tariq@handmade.example.com>", "future-default", "default", "never", cwd="/")
+    text = re.sub("(?m)^server_gpg_dir = .*", f"server_gpg_dir = {ring}", conf.read_text())
+    conf.write_text(re.sub("(?m)^server_user = .*", "server_user = tariq@handmade.example.com", text))
+    for _ in range(2):
+        box.lab.tariq(box.server, "init", "-c", conf)
+    assert sh(*gpg, "--with-colons", "--list-keys", cwd="/").stdout.count("pub:") == 1
+
+
+@needs_root
+def test_daemons_that_commands_leave_behind_hold_nothing_of_the_monitors(box):
+    pid = box.tariq.process.pid
+    before = len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+    for _ in range(4):
+        assert knock(box, "E", "sh", "-c", "sleep 20 & echo started").stdout == "started\n"
+    wait_for(lambda: (len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))) == before, "they leave descriptors or threads")
+    box.server.run("pkill", "-f", "^sleep 20$", check=False)
+
+
+def test_the_monitor_notices_a_listener_that_closes_its_end():
+    monitor = object.__new__(tariq.Monitor)
+    monitor.words, words = os.pipe()
+    os.set_blocking(monitor.words, False)
+    assert monitor.relay_words(), "nothing said is no end"
+    os.close(words)
+    assert not monitor.relay_words()
+    os.close(monitor.words)
+
+
+@needs_root
+def test_a_user_id_with_a_name_before_the_email_works_throughout(box):
+    conf = make_client(box.lab, box.client, box.server, box.conf, "Full Name <full@example.com>", directory="full-name")
+    assert knock(box, "O", "22", conf=conf).returncode == 0
+    assert "Full Name <full@example.com> " in box.tariq.log
 
 
 @needs_root
