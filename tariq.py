@@ -1284,16 +1284,17 @@ def cmd_keygen(options):
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
-    lock_directory(Config(options.config, server=True).path)
-    config = Config(options.config, server=True)
-    ports, secret = config.get("secret_ports", "server"), binascii.b2a_base64(config.get("secret", "server")).decode().strip()
     try:
         lines = [shlex.join(command_of(shlex.split(line))) for line in map(" ".join, options.allow or [["O 22"]])]
         if any(re.search(r"\s#", line) for line in lines):
             raise ValueError("may hold no word that begins with #: in a config that is a comment")
     except ValueError as error:
         raise Fault(USAGE, f"--allow {error}") from None
-    ring, text = Keyring(config.get("server_gpg_dir", "server")), sys.stdin.buffer.read(GPG_INPUT)
+    path, text = Config(options.config, server=True).path, sys.stdin.buffer.read(GPG_INPUT)
+    lock_directory(path)  # after stdin, which may come from a keygen that waits for the same lock
+    config = Config(path, server=True)
+    ports, secret = config.get("secret_ports", "server"), binascii.b2a_base64(config.get("secret", "server")).decode().strip()
+    ring = Keyring(config.get("server_gpg_dir", "server"))
     own = ring.find(config.get("server_user", "server"), ring.keys("sec", "--list-secret-keys"))
     key, names = show_key(ring, text)
     before = dict(ring.keys("pub", "--list-keys")).get(key, [])

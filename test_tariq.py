@@ -1753,6 +1753,17 @@ def test_what_enroll_writes_can_always_be_read_again(box):
 
 
 @needs_root
+def test_one_config_may_serve_both_roles_and_be_enrolled_in_itself(box):
+    conf = second_server(box, "both-roles")
+    line = " | ".join(f"{sys.executable} -I {box.lab.dir}/tariq.py {words}" for words in
+                      (f"keygen -c {conf} me@itself", f"enroll -c {conf} --allow O 22", f"join -c {conf} itself"))
+    conf.write_text(conf.read_text() + f"[client]\nuser = me@itself\nclient_gpg_dir = {conf.parent}/client-gpg\n")
+    box.server.run("sh", "-c", line, timeout=30)
+    config = tariq.Config(conf)
+    assert config.ini.has_section("itself") and list(config.allowed().values()) == [[["O", "22/tcp"]]]
+
+
+@needs_root
 def test_init_keeps_the_key_of_a_server_that_was_made_by_hand(box):
     conf = second_server(box, "handmade")
     ring = box.lab.dir / "handmade-ring"
