@@ -1162,21 +1162,24 @@ def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
     assert box.server.rules() == [] and "has the address 203.0.113.77" in box.tariq.log
 
 
-@needs_root
-@pytest.mark.parametrize("algorithm", ["rsa2048", "rsa3072", "rsa4096"])
-def test_rsa_keys_fit_their_packets(box, algorithm):
-    conf = box.lab.dir / algorithm / "tariq.conf"
-    conf.parent.mkdir(mode=0o700)
-    os.chown(conf.parent, NOBODY, NOBODY)
-    ring = conf.parent / "gpg"
-    sh("install", "-d", "-m", "700", "-o", NOBODY, "-g", NOBODY, ring)
-    gpg = ["gpg", "--homedir", ring, "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
-    user = f"{algorithm}@example.com"
+def rsa_client(box, algorithm, directory):
+    """A client's keyring with an RSA key of its own, made by hand -> the path its config will have, its user."""
+    conf, user = box.lab.dir / directory / "tariq.conf", f"{directory}@example.com"
+    for path in (conf.parent, conf.parent / "gpg"):
+        sh("install", "-d", "-m", "700", "-o", NOBODY, "-g", NOBODY, path)
+    gpg = ["gpg", "--homedir", conf.parent / "gpg", "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
     box.client.run(*gpg, "--quick-generate-key", user, algorithm, "default", "never", user=NOBODY)
     mine = next(line.split(":")[9] for line in box.client.run(*gpg, "--with-colons", "--list-keys", user=NOBODY).stdout.splitlines()
                 if line.startswith("fpr"))
     box.client.run(*gpg, "--quick-add-key", mine, algorithm, "encr", user=NOBODY)
-    make_client(box.lab, box.client, box.server, box.conf, user, ("O 22", "E head *"), directory=algorithm)
+    return conf, user
+
+
+@needs_root
+@pytest.mark.parametrize("algorithm", ["rsa2048", "rsa3072", "rsa4096"])
+def test_rsa_keys_fit_their_packets(box, algorithm):
+    conf, user = rsa_client(box, algorithm, f"{algorithm}-client")
+    make_client(box.lab, box.client, box.server, box.conf, user, ("O 22", "E head *"), directory=conf.parent.name)
     with Capture(box.server) as capture:
         done = knock(box, "O", "22", conf=conf)
         assert done.returncode == 0 and "opened tcp/22" in done.stdout, done.stderr + box.tariq.log
@@ -1196,8 +1199,8 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(box):
     mine = next(line.split(":")[9] for line in sh(*gpg, "--with-colons", "--list-keys", cwd="/").stdout.splitlines() if line.startswith("fpr"))
     sh(*gpg, "--quick-add-key", mine, "rsa4096", "encr", cwd="/")
     make_server(box.lab, box.server, "rsa-server", iptables_chain="rsa", server_gpg_dir=box.lab.dir / "rsa-ring", server_user=mine)
-    client = box.lab.dir / "rsa4096" / "tariq.conf"  # made by the test above
-    public = box.lab.tariq(box.client, "keygen", "-c", client, "rsa4096@example.com", user=NOBODY).stdout
+    client, user = rsa_client(box, "rsa4096", "rsa-other")
+    public = box.lab.tariq(box.client, "keygen", "-c", client, user, user=NOBODY).stdout
     profile = box.lab.tariq(box.server, "enroll", "-c", conf, input=public, stdin=None).stdout
     box.lab.tariq(box.client, "join", "-c", client, "rsa", user=NOBODY, input=profile, stdin=None)
     client.write_text(client.read_text().replace("[rsa]\n", f"[rsa]\nhost = {box.server.ip}\n"))
