@@ -109,11 +109,14 @@ def parse(key, text):
     raise ValueError(f"needs {need}")
 
 
+CLIENT_CONFIG, CLIENT_RING = "~/.config/tariq/tariq.conf", "~/.config/tariq/gpg"
+
+
 class Config:
     """One INI file with a secret in it. Raises Fault for each way in which it is unusable."""
 
     def __init__(self, path, server=False):
-        usual = [os.path.expanduser("~/.config/tariq/tariq.conf"), "/etc/tariq/tariq.conf"]
+        usual = [os.path.expanduser(CLIENT_CONFIG), "/etc/tariq/tariq.conf"]
         self.path = os.path.abspath(path or next(filter(os.path.exists, usual), usual[0]))
         self.ini = configparser.ConfigParser(interpolation=None, delimiters="=", inline_comment_prefixes="#")
         self.ini.optionxform = str  # the users in [allow] keep their case
@@ -432,7 +435,7 @@ class KernelTransport:
         return None
 
     def answer(self, payload):
-        with suppress(OSError, IndexError):  # a connection that was reset: the time runs out, and says so
+        with suppress(OSError):  # a connection that was reset: the time runs out, and says so
             self.sockets[-1].send(payload)
 
     def close(self):
@@ -523,7 +526,7 @@ def cmd_knock(options):
     key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *sections)
     user = options.user or config.get("user", *sections)
     user = f"<{user}>" if "@" in user and "<" not in user else user  # gpg: exactly this email; else a fingerprint
-    ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *sections, default="~/.config/tariq/gpg"))
+    ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *sections, default=CLIENT_RING))
     ring.time = 120  # pinentry waits for a person
     covers = config.get("img_dir", *sections, default="") if options.img_dir is None else options.img_dir
     transport = open_transport(config.get("host", *sections, default=options.host), options.family, options.transport, ports)
@@ -1109,8 +1112,9 @@ class Monitor:
     def reload(self):
         """Read the config again if it has changed, or if SIGHUP asks for it."""
         try:
-            if self.read_at != os.stat(self.path).st_mtime_ns:
-                self.read_at = os.stat(self.path).st_mtime_ns
+            changed_at = os.stat(self.path).st_mtime_ns
+            if self.read_at != changed_at:
+                self.read_at = changed_at
                 self.load()
                 log(f"{self.path}: read again, {len(self.users)} users")
         except (Fault, OSError) as fault:
@@ -1261,12 +1265,11 @@ def cmd_init(options):
         make_directory(home, 0o700)
         os.chown(home, owner.pw_uid, owner.pw_gid)
     log(f"the server's key is {make_key(Keyring(home), config.get('server_user', 'server'))}; settings are in {path}")
-    return 0
 
 
 def cmd_keygen(options):
     """Make a client's config, keyring and key where missing; print the public key."""
-    path = os.path.abspath(options.config or os.path.expanduser("~/.config/tariq/tariq.conf"))
+    path = os.path.abspath(options.config or os.path.expanduser(CLIENT_CONFIG))
     make_directory(os.path.dirname(path), 0o700)
     lock_directory(path)
     if not os.path.exists(path):
@@ -1274,11 +1277,10 @@ def cmd_keygen(options):
     config = Config(path)
     if config.get("user", "client", default=options.user) != options.user:
         log(f"{path}: [client] user is another one: change it, or knock with -u {options.user}", 4)
-    home = os.path.expanduser(config.get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
+    home = os.path.expanduser(config.get("client_gpg_dir", "client", default=CLIENT_RING))
     make_directory(home, 0o700)
     ring = Keyring(home)
     os.write(1, ring.gpg("--armor", "--export", make_key(ring, options.user))[0])
-    return 0
 
 
 def cmd_enroll(options):
@@ -1313,7 +1315,6 @@ def cmd_enroll(options):
     profile = (f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
                f"secret_ports = {','.join(map(str, ports))}\nsecret = {secret}\nserver_key = {own}\n")
     os.write(1, profile.encode() + ring.gpg("--armor", "--export", own)[0])
-    return 0
 
 
 def cmd_join(options):
@@ -1328,7 +1329,7 @@ def cmd_join(options):
         raise Fault(BAD_DATA, "no profile on stdin: tariq.py enroll prints it; did ssh or enroll fail?") from None
     lock_directory(Config(options.config).path)
     config = Config(options.config)
-    ring = Keyring(config.get("client_gpg_dir", "client", default="~/.config/tariq/gpg"))
+    ring = Keyring(config.get("client_gpg_dir", "client", default=CLIENT_RING))
     found, names = show_key(ring, (begin + key).encode())
     if found != server:
         raise Fault(BAD_DATA, "the profile's key is not its server_key")
@@ -1339,7 +1340,6 @@ def cmd_join(options):
     elif any(config.ini[options.host].get(name) != given[name] for name in given):
         raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: take it out first, then join again")
     log(f"{config.path}: [{options.host}] is known by its key {server}")
-    return 0
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -1390,7 +1390,7 @@ def main():
     os.umask(0o022)
     try:
         options = command_line().parse_args()
-        return options.function(options)
+        return options.function(options)  # an exit code; None is 0
     except Fault as fault:
         code, text = fault.code, str(fault)
     except ImportError as error:

@@ -185,11 +185,16 @@ def make_server(lab, host, directory="server", **settings):
     path = lab.dir / directory / "tariq.conf"
     lab.tariq(host, "init", "-d", path.parent)
     settings.setdefault("interface", "eth0")
+    path.write_text(with_settings(path, settings))
+    return path
+
+
+def with_settings(path, settings):
+    """The text of a server's config with other settings."""
     text = path.read_text()
     for key, value in settings.items():
         text = re.sub(rf"(?m)^{key} = .*\n", "", text).replace("[server]\n", f"[server]\n{key} = {value}\n")
-    path.write_text(text)
-    return path
+    return text
 
 
 def user_exists(name):
@@ -216,12 +221,12 @@ def make_client(lab, client, server, server_conf, user="me@laptop", allow=("O 22
 class Server:
     """A running `tariq.py server`, with its log."""
 
-    def __init__(self, lab, host, conf, program="tariq.py", prefix=()):
+    def __init__(self, lab, host, conf, program="tariq.py", prefix=(), command=None):
         self.lab, self.host, self.conf = lab, host, conf
         self.path = lab.dir / f"server-{next(lab.count)}.log"
         with open(self.path, "w") as file:
-            self.process = host.popen(*prefix, *PYTHON, lab.dir / program, "server", "-c", conf, stdin=subprocess.DEVNULL,
-                                      stdout=file, stderr=file)
+            self.process = host.popen(*prefix, *(command or [*PYTHON, lab.dir / program]), "server", "-c", conf,
+                                      stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         lab.undo.callback(self.kill)
 
     @property
@@ -354,11 +359,17 @@ def start_sshd(lab, host):
     wait_for(lambda: host.connects("127.0.0.1"), "sshd does not come up")
 
 
-def wait_for(condition, complaint, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, complaint
+def eventually(condition, timeout=5):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return True
         time.sleep(0.02)
+    return False
+
+
+def wait_for(condition, complaint, seconds=10):
+    assert eventually(condition, seconds), complaint
 
 
 def config_values(path, section):
@@ -1017,15 +1028,9 @@ def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
 
 # ---- mutual authentication that holds ------------------------------------------------------------------------------
 
-def second_client(world, name, allow=("O 22",), enrolled=True, **settings):
+def second_client(world, name, allow=("O 22",)):
     """One more user with a keyring of their own; returns the config's path."""
-    conf = make_client(world.lab, world.client, world.server, world.conf, f"{name}@example.com", allow, directory=name)
-    if settings:
-        text = conf.read_text()
-        for key, value in settings.items():
-            text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
-        conf.write_text(text)
-    return conf
+    return make_client(world.lab, world.client, world.server, world.conf, f"{name}@example.com", allow, directory=name)
 
 
 def server_gpg(world, *arguments, **options):
@@ -1879,12 +1884,9 @@ def place():
 
 def variant(place, **settings):
     """The server's config with other settings; returns its path."""
-    text = place.conf.read_text()
-    for key, value in settings.items():
-        text = re.sub(rf"(?m)^{key} = .*\n", "", text).replace("[server]\n", f"[server]\n{key} = {value}\n")
     path = place.conf.with_name(f"tariq-{next(place.lab.count)}.conf")
     path.touch(0o600)
-    path.write_text(text)
+    path.write_text(with_settings(place.conf, settings))
     return path
 
 
@@ -1918,15 +1920,6 @@ def opens(place, *words, **options):
     done = attempt(place, *words, **options)
     assert done.returncode == 0, f"{words}: exit {done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout
-
-
-def eventually(condition, timeout=5):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def alive(pid):
@@ -2699,7 +2692,7 @@ class Machine(Host):
         """The server in the background, as the unit starts it, behind a closed firewall."""
         if drop and "-P INPUT DROP" not in self.run("iptables", "-S", "INPUT").stdout:
             self.drop_policy()
-        return MachineServer(self.lab, self, "/etc/tariq/tariq.conf", prefix).wait_log("listening on")
+        return Server(self.lab, self, "/etc/tariq/tariq.conf", prefix=prefix, command=["tariq.py"]).wait_log("listening on")
 
     def sshd(self):
         """A real sshd, with the system's configuration."""
@@ -2714,17 +2707,6 @@ class Machine(Host):
         key = client.shell("cat ~/.ssh/id_ed25519.pub").stdout
         self.shell("mkdir -p -m 700 ~/.ssh; cat >> ~/.ssh/authorized_keys; chmod 600 ~/.ssh/authorized_keys", user=None if user == "root"
                    else user, input=key, stdin=None, env={**os.environ, "HOME": "/root"})
-
-
-class MachineServer(Server):
-    """A server that runs from /usr/local/bin, by its own first line."""
-
-    def __init__(self, site, host, conf, prefix=()):
-        self.lab, self.host, self.conf = site, host, conf
-        self.path = site.dir / f"server-{next(site.count)}.log"
-        with open(self.path, "w") as file:
-            self.process = host.popen(*prefix, "tariq.py", "server", "-c", conf, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        site.undo.callback(self.kill)
 
 
 @pytest.fixture
