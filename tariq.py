@@ -1,42 +1,59 @@
 #!/usr/bin/python3 -I
-"""Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before you run it.
+"""Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
+you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
-The server's firewall drops everything, and the server listens on no port: it sniffs. The exchange:
+    client                                                    server
+      request {to, k, cmd} in the low bits of a PNG,
+      signed by the client, encrypted to the server (gpg),
+      cut in N = len(secret_ports) fragments
+      SYN or datagram + frame(K, i | id | fragment i) ---->   at secret_ports[i]: authentic? of now?
+                                                              new? whole? Then gpg: decrypted, one
+                                                              valid signature, of these 10 minutes?
+                                                              meant for me (to)? this very knock
+                                                              (id is made of k)?
+      <---------- frame(k', nonce, patience, address seen)    from the last port
+      who knows k is my server. Is that my address?
+      frame(K, N | id | MAC(k', nonce)) ------------------>   who knows k is the signer, alive now,
+                                                              at this address. Monitor: policy, act
+      <------------------- frame(k', done, status, text)
 
-    client                                                          server
-      request in the low bits of a PNG, sealed with gpg, cut in N
-      SYN + frame(fragment i) -----> secret_ports[i] ----------->   authentic? new? whole? sealed by whom?
-      <------- SYN-ACK + frame(sealed challenge) ----------------   {knock id, nonce, address seen}
-      sealed by my server? for my knock? my address?
-      ACK + frame(HMAC-SHA256(nonce, knock id)) ---------------->   this client, alive now, at this address
-      <------- segment + frame(sealed result) -------------------   policy, then act, then answer
-
-A frame is nonce(12) | tag(16) | masked time and data. Each has a fresh nonce, so the same bytes twice are a replay, always;
-a client that repeats itself after a loss makes new frames. To seal is to sign as the sender and encrypt to the receiver.
+K is shared by a server and its clients: it hides the server and names nobody. k is random, for one
+knock, and known to who sealed the request and to who could unseal it. k' is made of k and of the
+sealed bytes. A frame has a fresh nonce: the same bytes twice are a replay, always. The client
+repeats its knock in new frames until it has the result; the server acts once.
 
 Trust boundaries:
-  - bytes from the wire reach `Listener.gate` and the two functions it calls, and nothing else until the tag holds;
-  - the listener process (gpg, Pillow, scapy) has no privileges: one packet socket, one socketpair, no capability;
-  - the monitor process (root) trusts no message of the listener: what it does stands in [allow] and nowhere else.
+  - bytes from the wire reach `Listener.gate`, `split`, `unframe`, and no more until the tag holds;
+  - the listener (gpg, Pillow, scapy) is unprivileged from its first instruction: `start_listener`;
+  - the monitor (root, standard library only) believes no message of the listener: who may do what
+    stands in its config.
 
-Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root), set-up, command line.
+Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root),
+set-up, command line.
 """
-import argparse, binascii, configparser, errno, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd, re, select, shlex
-import signal, socket, struct, subprocess, sys, threading, time
-from collections import OrderedDict
+import argparse, base64, configparser, ctypes, hashlib, hmac, io, ipaddress, json, os, queue, re
+import secrets, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
+from collections import Counter, OrderedDict, namedtuple
 from contextlib import suppress
-from types import SimpleNamespace
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
+from time import monotonic
 
-VERSION = "1.0"
-# Exit codes after sysexits.h, away from those of most remote commands: E exits with the command's own.
-USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER, WRONG_SERVER, REFUSED, CONFIG = 64, 65, 69, 70, 71, 75, 76, 77, 78
-EXIT_CODES = """exit codes: 0 done; E: the remote command's; 64 usage; 65 unusable image, key or profile; 69 a program or
-package is missing; 70 the listener died; 71 the system refused; 75 no answer; 76 not this server's key;
-77 refused by the server's policy; 78 config"""
+with suppress(ImportError):  # what a client needs is no more than any Unix has
+    import fcntl
+
+# Exit codes after sysexits.h, away from those of most remote commands: E exits with the command's.
+USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER = 64, 65, 69, 70, 71, 75
+RELAYED, REFUSED, CONFIG = 76, 77, 78
+EXIT_CODES = """exit codes: 0 done; E: the remote command's (137: killed at its time limit);
+64 usage; 65 unusable image, key or profile; 69 a program or package is missing; 70 the listener
+died; 71 the system refused; 75 no answer; 76 somebody relays the knock; 77 refused by policy;
+78 config"""
+JOURNAL = os.environ.get("JOURNAL_STREAM")  # systemd.exec(5): stderr, where the journal reads it
 
 
 class Fault(Exception):
-    """What the user can mend: an exit code and the line they read. Caught in `main`, and where one knock ends."""
+    """What the user can mend: an exit code and the line they read. Caught where a program, or the
+    server's side of one knock, ends."""
 
     def __init__(self, code, text):
         super().__init__(text)
@@ -49,292 +66,262 @@ def printable(text):
 
 
 def log(text, priority=6):
-    """One line on stderr; off a terminal with a priority for journald (sd-daemon(3)): 3 error, 4 warning, 6 info."""
-    prefix = time.strftime("%H:%M:%S ") if os.isatty(2) else f"<{priority}>"
+    """One line on stderr, for the journal with its priority (sd-daemon(3)): 3 error, 4 warning,
+    5 a change to the machine, 6 information."""
     with suppress(OSError):  # a full disk behind stderr must not keep a door open
+        stderr = os.fstat(2)
+        prefix = f"<{priority}>" if JOURNAL == f"{stderr.st_dev}:{stderr.st_ino}" else ""
         os.write(2, f"{prefix}{printable(text)}\n".encode())
 
 
-# ---- config: an INI file in, checked values out ----------------------------------------------------------------------
+# ---- config: an INI file in, checked values out --------------------------------------------------
+
+ROOT_CONFIG = "/etc/tariq/tariq.conf"
+CLIENT_CONFIG, CLIENT_RING = "~/.config/tariq/tariq.conf", "~/.config/tariq/gpg"
+
 
 def ports_of(text):
-    ports = tuple(int(word) for word in text.split(","))
+    ports = [int(word) for word in text.split(",")]
     if len(set(ports)) < len(ports) or max(ports) > 65535:
         raise ValueError
     return ports
 
 
-def rule_of(text):
-    filled = text.format(ip="<ip>", dport="<dport>", until="<until>")  # LookupError for a field that there is not
-    if not all(field in filled for field in ("<ip>", "<dport>", "<until>")):
-        raise ValueError
-    return shlex.split(text)
-
-
 def command_of(words):
-    """The words of a request or of a line of [allow], checked: ['O', '22'] -> ['O', '22/tcp']. Raises ValueError."""
+    """The words of a request or of a line of `may`, checked: ['O', '22'] -> ['O', '22/tcp'].
+    Raises ValueError."""
     if not isinstance(words, list) or len(words) < 2 or words[0] not in ("O", "C", "E") \
             or not all(isinstance(word, str) and word.isprintable() for word in words):
-        raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], in printable characters")
+        raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], printable")
     if words[0] == "E":
         return words
     ports = [re.fullmatch(r"([1-9]\d{0,4})(/tcp|/udp)?|\*", word, re.ASCII) for word in words[1:]]
-    if len(ports) > PORTS_MAX or not all(port and int(port[1] or 1) < 65536 for port in ports):
-        raise ValueError(f"needs ports as 22, 22/tcp or 53/udp, from 1 to 65535, {PORTS_MAX} at most")
-    return [words[0], *dict.fromkeys(port[1] + (port[2] or "/tcp") if port[1] else "*" for port in ports)]
+    if not all(port and int(port[1] or 1) < 65536 for port in ports):
+        raise ValueError("needs ports as 22, 22/tcp or 53/udp, from 1 to 65535")
+    return [words[0], *(port[1] + (port[2] or "/tcp") if port[1] else "*" for port in ports)]
 
 
-PORTS_MAX = 16  # in one request: each is one call of iptables, and others wait meanwhile
-RULE = (r"-A \S+ .+", "-A CHAIN first, and {ip}, {dport} and {until}: one address, one port, an end", rule_of)
-# What a value has to be: a pattern that it matches whole, words for the error, and what makes a Python value of it.
+def patterns_of(text):
+    return [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]
+
+
+KEY = (r"[0-9A-Fa-f]{40}", "a key's fingerprint, 40 hex digits without spaces", str.upper)
+WORDS = (r"(?=.*\{ip\})(?=.*\{dport\}).+", "words with {ip} and {dport} among them", shlex.split)
+SECONDS = (r"\d{1,8}", "a whole number of seconds", int)
+# What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 SYNTAX = {
-    "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}", "5 to 32 unique ports, 1 to 65535, with commas", ports_of),
-    "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64", binascii.a2b_base64),
-    "server_key": (r"[0-9A-Fa-f]{40}", "the server key's fingerprint, 40 hex digits without spaces", str.upper),
-    "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)[A-Za-z0-9_][A-Za-z0-9_-]{0,27}", "the name of a chain of its own", str),
-    "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
+    "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
+                     "5 to 32 different ports, with commas", ports_of),
+    "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64",
+               base64.b64decode),
+    "key": KEY, "server_key": KEY, "open_tcp_port": WORDS, "open_udp_port": WORDS,
+    "open_command": WORDS, "close_command": WORDS, "open_timeout": SECONDS,
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
-    "open_tcp_port": RULE, "open_udp_port": RULE,
-    "[allow]": (r"[^\0]*", "lines of O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...]",
-                lambda text: [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]),
+    "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)\w[\w-]{0,27}", "a chain's name, its own", str),
+    "may": (r"[^\0]*", "lines of O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...]",
+            patterns_of),
 }
 
 
 def parse(key, text):
     """The value of a key. Raises ValueError, which does not quote the text: it may be a secret."""
     pattern, need, convert = SYNTAX.get(key, (".*", "one line", str))
-    with suppress(ValueError, LookupError, AttributeError):
+    with suppress(ValueError):
         if re.fullmatch(pattern, text, re.ASCII):
             return convert(text)
     raise ValueError(f"needs {need}")
 
 
-CLIENT_CONFIG, CLIENT_RING = "~/.config/tariq/tariq.conf", "~/.config/tariq/gpg"
-
-
 class Config:
     """One INI file with a secret in it. Raises Fault for each way in which it is unusable."""
 
-    def __init__(self, path, server=False):
-        usual = [os.path.expanduser(CLIENT_CONFIG), "/etc/tariq/tariq.conf"]
-        self.path = os.path.abspath(path or next(filter(os.path.exists, usual), usual[0]))
-        self.ini = configparser.ConfigParser(interpolation=None, delimiters="=", inline_comment_prefixes="#")
-        self.ini.optionxform = str  # the users in [allow] keep their case
+    def __init__(self, path, root=False):
+        usual = ROOT_CONFIG if root else os.path.expanduser(CLIENT_CONFIG)
+        self.path = os.path.abspath(path or usual)
+        self.ini = configparser.ConfigParser(interpolation=None, delimiters="=",
+                                             inline_comment_prefixes="#")
         try:
             with open(self.path, encoding="utf-8") as file:
-                status = os.fstat(file.fileno())
-                self.text = file.read()
+                status, self.text = os.fstat(file.fileno()), file.read()
             self.ini.read_string(self.text)
-        except (OSError, ValueError, configparser.Error) as error:  # only the line's number: its text may be a secret
-            numbers = [number for number, _ in getattr(error, "errors", [])] or [getattr(error, "lineno", "?")]
-            trouble = getattr(error, "strerror", None) or f"line {numbers[0]} is not INI"
-            raise Fault(CONFIG, f"{self.path}: {trouble}: give a config with -c, or make one "
-                                "(server: tariq.py init; client: tariq.py keygen)") from None
-        foreign = status.st_uid not in (0, os.geteuid()) and (server or os.geteuid() != 0)  # what root obeys is root's
-        if status.st_mode & 0o077 or foreign:
-            raise Fault(CONFIG, f"{self.path}: others can read its secret or change it: chmod 600 {self.path}, and own it")
+        except OSError as error:
+            raise Fault(CONFIG, f"{self.path}: {error.strerror}: make it with tariq.py "
+                                f"{'init' if root else 'keygen'}, or name another with -c")
+        except (ValueError, configparser.Error):  # its words would quote a line: perhaps a secret
+            raise Fault(CONFIG, f"{self.path} is not INI: each line needs to be [section], "
+                                "key = value, # comment, or indented to go on")
+        me = os.geteuid()
+        owners = (0,) if root else (0, me or status.st_uid)  # what root's commands obey is root's
+        if status.st_mode & 0o077 or status.st_uid not in owners:
+            raise Fault(CONFIG, f"{self.path}: others can read its secret or change it: chmod 600 "
+                                f"it, and let {'root' if root else 'you or root'} own it")
 
-    def get(self, key, *sections, default=None, syntax=None):
+    def get(self, key, sections=("server",), default=None):
         """The first value that one of the sections has for a key, parsed."""
         for section in sections:
             text = self.ini.get(section, key, fallback="").strip()
             if text:
                 try:
-                    return parse(syntax or key, text)
+                    return parse(key, text)
                 except ValueError as error:
-                    raise Fault(CONFIG, f"{self.path}: [{section}] {key}: {error}") from None
+                    raise Fault(CONFIG, f"{self.path}: [{section}] {key}: {error}")
         if default is None:
-            raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing: see tariq.conf.example")
+            raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing: see "
+                                "tariq.conf.example")
         return default
 
-    def allowed(self):
-        """{user: [pattern, ...]}, of which nothing is allowed that is not there."""
-        users = self.ini["allow"] if self.ini.has_section("allow") else ()
-        return {user: self.get(user, "allow", default=[], syntax="[allow]") for user in users}
+    def clients(self):
+        """{fingerprint: section} of the sections [allow NAME]. Raises Fault where a key has two."""
+        sections = [name for name in self.ini.sections() if name.startswith("allow ")]
+        clients = {self.ini.get(name, "key", fallback="").upper(): name for name in sections}
+        if len(clients) < len(sections):
+            raise Fault(CONFIG, f"{self.path}: each section [allow NAME] needs a key of its own")
+        return clients
 
 
-# ---- OpenPGP: bytes in, sealed bytes out, and back; as the keyring's owner -------------------------------------------
+# ---- OpenPGP: bytes in, sealed bytes out, and back; as the keyring's owner -----------------------
 
-GPG = "gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-random-seed-file --trust-model always".split()
-GPG_TIME = 10  # seconds; a seal takes 10 ms, 40 ms with RSA-4096
-GPG_INPUT, GPG_OUTPUT = 60_000, 1 << 20  # bytes; input stays below a pipe's 64 KiB, so that writing it never waits
+GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-random-seed-file "
+       "--trust-model always --status-fd 2").split()
+GPG_MAX = 65_536  # bytes that are read of what gpg says
+UNSEAL_TIME = ("timeout", "-s", "KILL", "1")  # seconds; 15 ms do, but for nested compression
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice a PNG of SIDE x SIDE pixels
-NO_PINENTRY = {"85", "32848"}  # libgpg-error: no pinentry; no terminal for it (ENOTTY)
+SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
+TROUBLE = re.compile(r"(?m)^\[GNUPG:\] ((?:NO_|NODATA|BAD|ERR|EXP|REV|FAIL)\w*|\w+_FAILED)")
 
 
-class Keyring:
-    """A gpg home directory. Root runs gpg as the directory's owner: what is in there may command gpg-agent."""
-
-    def __init__(self, home):
-        self.home, self.passphrase, self.run_as, self.time = os.path.expanduser(home), b"", {}, GPG_TIME
-        self.environment = {**os.environ, "LC_ALL": "C"}
-        try:
-            self.owner = pwd.getpwuid(os.stat(self.home).st_uid)
-        except (OSError, KeyError):
-            raise Fault(CONFIG, f"{self.home}: no keyring directory of a user: tariq.py init or keygen makes one") from None
-        if os.geteuid() == 0 and self.owner.pw_uid != 0:
-            self.run_as = {"preexec_fn": lambda: drop_privileges(self.owner), "start_new_session": True}
-            self.environment = {"PATH": SAFE_PATH, "HOME": self.home, "LC_ALL": "C"}
-
-    def gpg(self, *arguments, data=b""):
-        """Run gpg once -> (output, status lines as lists of words). `data` is bytes, or makes them while gpg starts. Raises
-        Fault with gpg's words. Bounded: GPG_INPUT bytes in, GPG_OUTPUT out, a pipe's capacity of status, `time` seconds."""
-        status_end, status = os.pipe()
-        options = ["--homedir", self.home, "--status-fd", str(status)]
-        if self.passphrase:  # its line goes before the data, so that it is in no argument, variable or file
-            options += ["--pinentry-mode", "loopback", "--passphrase-fd", "0"]
-        output, end = b"", time.monotonic() + self.time
-        with open(status_end, "rb") as status_file:
-            try:
-                process = subprocess.Popen([*GPG, *options, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           stderr=subprocess.PIPE, pass_fds=[status], env=self.environment, cwd="/", **self.run_as)
-            except subprocess.SubprocessError:  # from drop_privileges
-                raise Fault(SYSTEM, "root cannot become the keyring's owner: that takes CAP_SETUID, SETGID and SETPCAP") from None
-            finally:
-                os.close(status)
-            with process:
-                with suppress(BrokenPipeError):  # gpg ended early; its status says why
-                    process.stdin.write(self.passphrase + (data() if callable(data) else data)[:GPG_INPUT])
-                    process.stdin.close()
-                while select.select([process.stdout], [], [], max(0, end - time.monotonic()))[0]:
-                    chunk = os.read(process.stdout.fileno(), 65536)
-                    output += chunk
-                    if not chunk or len(output) > GPG_OUTPUT:
-                        break
-                else:
-                    process.kill()
-                process.stdout.close()
-                lines = status_file.read(GPG_OUTPUT).decode(errors="replace").split("\n")
-                words = process.stderr.read(GPG_OUTPUT).decode(errors="replace").strip().splitlines()
-        lines = [line.split()[1:] for line in lines if re.match(r"\[GNUPG:\] \S", line)]
-        if process.returncode == 0:
-            return output, lines
-        if not self.passphrase and any(line[0] == "FAILURE" and str(int(line[2]) & 0xFFFF) in NO_PINENTRY for line in lines):
-            self.passphrase = ask_passphrase()
-            return self.gpg(*arguments, data=data)
-        if process.returncode < 0:
-            words = [f"gpg was killed by signal {-process.returncode}; it has {self.time} s: is gpg-agent stuck?"]
-        raise Fault(BAD_DATA, f"{'; '.join(words)[:300] or 'gpg failed'} (keyring {self.home})")
-
-    def seal(self, data, signer, recipient):
-        """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed."""
-        return self.gpg("--compress-algo", "none", "--no-encrypt-to", "--local-user", signer, "--hidden-recipient",
-                        recipient, "--sign", "--encrypt", data=data)[0]
-
-    def unseal(self, sealed, own):
-        """Decrypt with the key `own`, verify -> (primary fingerprint of the signature's key, at most PLAIN_MAX bytes).
-        Takes only what gpg's status lines prove (GnuPG doc/DETAILS): one encrypted message, one signature, and that good."""
-        plain, lines = self.gpg("--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt", data=sealed)
-        said = [line[0] for line in lines]
-        once = all(said.count(word) == 1 for word in ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG"))
-        if not once or {"BADSIG", "ERRSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "DECRYPTION_FAILED"}.intersection(said):
-            raise Fault(BAD_DATA, "not one encrypted message with one valid signature")
-        return parse("server_key", lines[said.index("VALIDSIG")][-1]), plain
-
-    def keys(self, kind, command, data=b""):
-        """[(fingerprint, user ids)] of the keys of a kind, pub or sec, that a gpg command lists (GnuPG doc/DETAILS)."""
-        keys = []
-        for line in self.gpg("--with-colons", command, data=data)[0].decode(errors="replace").split("\n"):
-            field = line.split(":")
-            if field[0] in ("pub", "sec"):
-                keys.append((field[0], [], []))
-            elif field[0] == "fpr":  # the first after pub or sec is the primary key's
-                keys[-1][1].append(field[9])
-            elif field[0] == "uid":
-                keys[-1][2].append(field[9].replace("\\x3a", ":"))
-        return [(fingerprints[0], names) for found, fingerprints, names in keys if found == kind]
-
-    def find(self, user, keys):
-        """The fingerprint of the one key whose fingerprint, user id or email is exactly this. Raises Fault."""
-        found = [key for key, names in keys if named(user, key, names)]
-        if len(found) != 1:
-            raise Fault(CONFIG, f"{user} matches {len(found)} keys in {self.home}, not one: "
-                                + ("name one by its fingerprint" if found else "import or make its key"))
-        return found[0]
-
-
-def named(user, key, names):
-    return user.upper() == key or user in names or any(name.endswith(f"<{user}>") for name in names)
-
-
-def ask_passphrase():
-    import getpass
-    with suppress(OSError), open("/dev/tty", "rb"):
-        return getpass.getpass("passphrase of your Tariq key: ").encode() + b"\n"
-    raise Fault(SYSTEM, "your key needs its passphrase, and there is neither a pinentry nor a terminal to ask on: "
-                        "install pinentry-curses, or unlock the key in gpg-agent first")
-
-
-# ---- steganography: data and a cover image in, a PNG out, and back; of others' images, only signed ones come here -----
-
-SIDE = 36  # pixels: 36 x 36 x 3 low bits carry 486 bytes, and the PNG of 4 KB, sealed with RSA-4096, fits 5 packets
-
-
-def cover_image(directory):
-    """A random SIDE x SIDE crop of a random PNG of the directory, as RGB; without a directory, a generated image."""
-    from PIL import Image
-    if not directory:
-        return Image.frombytes("RGB", (SIDE, SIDE), os.urandom(SIDE * SIDE * 3))
-    import random
-    chance, path = random.SystemRandom(), os.path.expanduser(directory)
+def gpg(home, *arguments, data=b"", within=()):
+    """Run gpg once -> (output, stderr with status lines). What lies in a keyring's directory may
+    command gpg-agent, so root runs gpg as the directory's owner. Raises Fault with gpg's words."""
+    home = os.path.abspath(os.path.expanduser(home))
     try:
-        path = os.path.join(path, chance.choice([name for name in os.listdir(path) if name.lower().endswith(".png")]))
+        owner, options = os.stat(home), {"env": {**os.environ, "LC_ALL": "C"}, "cwd": "/"}
+    except OSError as error:
+        raise Fault(CONFIG, f"{home}: {error.strerror}: tariq.py init or keygen makes the keyring")
+    for number in range(3):  # pinentry asks on the terminal, wherever there is one
+        with suppress(OSError):
+            options["env"]["GPG_TTY"] = os.ttyname(number)
+    if os.geteuid() == 0 != owner.st_uid:
+        options.update(user=owner.st_uid, group=owner.st_gid, extra_groups=[],
+                       start_new_session=True)
+    with Popen([*within, *GPG, "--homedir", home, *arguments], stdin=PIPE, stdout=PIPE, stderr=PIPE,
+               **options) as process:
+        with suppress(BrokenPipeError):  # gpg ended early; its status says why
+            process.stdin.write(data)
+            process.stdin.close()
+        output = process.stdout.read(GPG_MAX)
+        words = process.stderr.read(GPG_MAX).decode(errors="replace")
+    if process.returncode:
+        said = [line for line in words.splitlines() if not line.startswith("[GNUPG:]")]
+        hint = f"(keyring {home}; to be asked for a passphrase: a terminal, and pinentry-curses)"
+        trouble = " ".join(TROUBLE.findall(words)) or f"exit status {process.returncode}"
+        raise Fault(BAD_DATA, f"{'; '.join(said)[:300]} {hint}" if said else f"gpg: {trouble}")
+    return output, words
+
+
+def exactly(user):
+    """How gpg names a key by this email and no other (gpg(1)); a fingerprint stays as it is."""
+    return f"<{user}>" if "@" in user and "<" not in user else user
+
+
+def seal(home, data, signer, recipient):
+    """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed."""
+    return gpg(home, "--compress-algo", "none", "--no-encrypt-to", "--local-user", exactly(signer),
+               "--hidden-recipient", recipient, "--sign", "--encrypt", data=data)[0]
+
+
+def unseal(home, sealed, own):
+    """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
+    PLAIN_MAX bytes). Takes only what status lines prove (GnuPG doc/DETAILS); gpg's other words,
+    which may quote the sender, go elsewhere. Raises Fault."""
+    options = f"--logger-file /dev/null --pinentry-mode cancel --max-output {PLAIN_MAX}".split()
+    plain, words = gpg(home, *options, "--try-secret-key", own, "--decrypt", data=sealed,
+                       within=UNSEAL_TIME)
+    said = Counter(re.findall(r"(?m)^\[GNUPG:\] (\w+)", words))
+    signed = re.search(r"(?m)^\[GNUPG:\] VALIDSIG \w+ \S+ (\d+) .* (\w{40})$", words)
+    needed = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
+    if not signed or any(said[word] != 1 for word in needed) or TROUBLE.search(words):
+        raise Fault(BAD_DATA, "not one encrypted message with one valid signature")
+    if abs(time.time() - int(signed[1])) > SIGNED_WITHIN:
+        raise Fault(BAD_DATA, f"{signed[2]} signed it more than {SIGNED_WITHIN} s from now")
+    return signed[2], plain
+
+
+# ---- steganography: data and a cover in, a PNG out, and back; of others' only signed ones --------
+
+SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
+ROW, CAPACITY = 3 * SIDE, 3 * SIDE * SIDE // 8  # bytes
+
+
+def cover(directory):
+    """The RGB samples of a random SIDE x SIDE crop of a random PNG of the directory; without a
+    directory, random ones. Raises Fault."""
+    if not directory:
+        return os.urandom(SIDE * ROW)
+    from PIL import Image
+    path = os.path.expanduser(directory)
+    try:
+        names = [name for name in os.listdir(path) if name.lower().endswith(".png")]
+        path = os.path.join(path, secrets.choice(names))
         with Image.open(path, formats=["PNG"]) as image:
-            left, top = (chance.randint(0, size - SIDE) for size in image.size)  # ValueError where it is too small
-            return image.crop((left, top, left + SIDE, top + SIDE)).convert("RGB")
+            left, top = (secrets.randbelow(size - SIDE + 1) for size in image.size)
+            return image.crop((left, top, left + SIDE, top + SIDE)).convert("RGB").tobytes()
     except (OSError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError):
-        raise Fault(BAD_DATA, f"{path}: needs PNG images (.png) of at least {SIDE} x {SIDE} pixels to hide in") from None
+        raise Fault(BAD_DATA, f"{path}: needs PNG images (.png) of {SIDE} x {SIDE} pixels at least")
 
 
-def hide(image, data):
-    """RGB image, bytes -> PNG with length(2) | data in its lowest bits. Raises Fault where the data is too long."""
-    pixels = bytearray(image.tobytes())
-    bits = "".join(f"{byte:08b}" for byte in len(data).to_bytes(2, "big") + data)
-    if len(bits) > len(pixels):
-        raise Fault(USAGE, f"the request is {(len(bits) - len(pixels) + 7) // 8} bytes too long for one knock")
-    for place, bit in enumerate(bits):
-        pixels[place] = pixels[place] & 0xFE | (bit == "1")
-    image.frombytes(bytes(pixels))
-    image.save(png := io.BytesIO(), "PNG")
-    return png.getvalue()
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def hide(samples, data):
+    """RGB samples, bytes -> PNG (ISO 15948), length(2) | data in the lowest bits. Raises Fault."""
+    room = CAPACITY - 2 - len(data)
+    if room < 0:
+        raise Fault(USAGE, f"the request is {-room} bytes too long for one knock: shorten it")
+    hidden = int.from_bytes(len(data).to_bytes(2, "big") + data + os.urandom(room), "big")
+    bits = map(int, f"{hidden:0{8 * CAPACITY}b}")
+    samples = bytes(sample & 0xFE | bit for sample, bit in zip(samples, bits))
+    rows = b"".join(b"\0" + samples[start:start + ROW] for start in range(0, SIDE * ROW, ROW))
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
 
 
 def reveal(png):
-    """PNG -> the hidden data. The size is checked before a pixel is decoded: a bomb stays packed. Raises Fault."""
+    """PNG -> the hidden data. The size is checked before a pixel is decoded: a bomb stays packed.
+    Raises Fault."""
     from PIL.PngImagePlugin import PngImageFile
     try:
         image = PngImageFile(io.BytesIO(png))
         if image.size != (SIDE, SIDE) or image.mode != "RGB":
             raise ValueError
         bits = "".join(str(sample & 1) for sample in image.tobytes())
-        end = 16 + 8 * int(bits[:16], 2)
-        if end > len(bits):
-            raise ValueError
-        return int("0" + bits[16:end], 2).to_bytes((end - 16) // 8, "big")
+        data = int(bits, 2).to_bytes(CAPACITY, "big")
     except Exception:  # Pillow has many for bad files; whichever it is, the answer is no
-        raise Fault(BAD_DATA, "not an image that Tariq made") from None
+        raise Fault(BAD_DATA, "not an image that Tariq made")
+    return data[2:2 + int.from_bytes(data[:2], "big")]
 
 
-# ---- wire: data in, frames that look random out, and back ------------------------------------------------------------
+# ---- wire: data in, frames that look random out, and back ----------------------------------------
 
-NONCE, TAG, STAMP, ID = 12, 16, 6, 12  # bytes; the stamp counts milliseconds since 1970
-HEAD = NONCE + TAG + STAMP  # bytes of a frame before its data
-SLOT = 60  # seconds; the slots before and after count too, so clocks may differ by a minute
-FRAGMENT_MAX, REPLY_MAX = 1200, 1400  # bytes of payload: a fragment passes an MTU of 1280, RSA-4096 replies one of 1500
+TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
+HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
+FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it with all headers
+TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
+LEAST, MOST = 75, 1320  # bytes of a packet: IPv4, UDP, a frame with an id; IPv4, TCP, FRAME_MAX
 
-
-def derive_key(secret, ports):
-    """The 32-byte key that a server shares with its clients."""
-    return hashlib.blake2b(struct.pack(f">{len(ports)}H", *ports), key=secret, person=b"tariq 1", digest_size=32).digest()
+Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 
 
-def fragment_label(position, count):
-    return b"knock %d/%d" % (position, count)
+def keyed(key, label, data, size):
+    """Keyed BLAKE2b (RFC 7693) of data, `size` bytes; the label (at most 16) is what it is for."""
+    return hashlib.blake2b(data, key=key, person=label, digest_size=size).digest()
 
 
-def tagger(key, label):
-    """Keyed BLAKE2b (RFC 7693) for one label of at most 16 bytes: the direction, and the position in the sequence."""
-    return hashlib.blake2b(key=key, person=label, digest_size=TAG)
+def shared_key(secret, ports):
+    """K: the 32 bytes that a server shares with its clients."""
+    return keyed(secret, b"ports", struct.pack(f">{len(ports)}H", *ports), 32)
 
 
 def mask(key, label, nonce, data):
@@ -344,1067 +331,986 @@ def mask(key, label, nonce, data):
 
 
 def frame(key, label, data):
-    nonce, tag, now = os.urandom(NONCE), tagger(key, label), time.time()
-    masked = mask(key, label, nonce, int(now * 1000).to_bytes(STAMP, "big") + data)
-    tag.update(nonce + masked + int(now // SLOT).to_bytes(8, "big"))
-    return nonce + tag.digest() + masked
+    """tag | nonce | masked(stamp | data): at most FRAME_MAX bytes, all of which look random."""
+    nonce, stamp = os.urandom(NONCE), int(time.time() * 1000).to_bytes(STAMP, "big")
+    masked = nonce + mask(key, label, nonce, stamp + data)
+    return keyed(key, label, masked, TAG) + masked
 
 
-def authentic(tag, payload):
-    """Whether a payload carries this tagger's tag, made in this time slot or a neighbour; in constant time."""
-    tag, given, slot = tag.copy(), payload[NONCE:NONCE + TAG], int(time.time() // SLOT)
-    tag.update(payload[:NONCE] + payload[NONCE + TAG:])
-    for number in (slot, slot - 1, slot + 1):
-        timed = tag.copy()
-        timed.update(number.to_bytes(8, "big"))
-        if hmac.compare_digest(timed.digest(), given):
-            return True
-    return False
-
-
-def unframe(key, label, payload):
-    """Payload -> data, or None where it is no authentic frame with this label."""
-    if len(payload) >= HEAD and authentic(tagger(key, label), payload):
-        return mask(key, label, payload[:NONCE], payload[NONCE + TAG:])[STAMP:]
-    return None
-
-
-def tcp_span(packet, ip):
-    """(TCP header, payload, end): offsets in a packet whose IP header is at `ip` (RFC 791, 8200, 9293), or None for what
-    is not whole TCP with a payload. These bytes may be anybody's: nothing is taken that does not lie inside."""
-    if len(packet) < ip + 40:
+def unframe(key, label, payload, least):
+    """Payload -> (stamp, data), or None where it is no frame under this key and label with `least`
+    bytes of data or more. Called with anybody's bytes."""
+    if not HEAD + least <= len(payload) <= FRAME_MAX \
+            or not hmac.compare_digest(keyed(key, label, payload[TAG:], TAG), payload[:TAG]):
         return None
-    if packet[ip] >> 4 == 4 and packet[ip + 9] == socket.IPPROTO_TCP:
-        tcp, end = ip + (packet[ip] & 15) * 4, ip + (packet[ip + 2] << 8 | packet[ip + 3])
-    elif packet[ip] >> 4 == 6 and packet[ip + 6] == socket.IPPROTO_TCP:
-        tcp, end = ip + 40, ip + 40 + (packet[ip + 4] << 8 | packet[ip + 5])
+    plain = mask(key, label, payload[TAG:TAG + NONCE], payload[TAG + NONCE:])
+    return int.from_bytes(plain[:STAMP], "big"), plain[STAMP:]
+
+
+def split(packet, link=None):
+    """An IP packet (RFC 791, 8200) -> Packet: addresses as bytes, ports, TCP header (RFC 9293; none
+    of UDP's), payload. Called with anybody's bytes, LEAST at least: nothing beyond is indexed."""
+    if packet[0] >> 4 == 4:
+        at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
+        end = packet[2] << 8 | packet[3]
     else:
-        return None
-    if not tcp + 20 < end <= len(packet):
-        return None
-    payload = tcp + (packet[tcp + 12] >> 4) * 4
-    return (tcp, payload, end) if tcp + 20 <= payload < end else None
+        at, protocol, addresses = 40, packet[6], packet[8:40]
+        end = 40 + (packet[4] << 8 | packet[5])
+    half, udp = len(addresses) // 2, protocol == socket.IPPROTO_UDP
+    start = at + (8 if udp else (packet[at + 12] >> 4) * 4)
+    port, own_port = packet[at] << 8 | packet[at + 1], packet[at + 2] << 8 | packet[at + 3]
+    return Packet(addresses[:half], addresses[half:], port, own_port,
+                  b"" if udp else packet[at:start], packet[start:end], link)
 
 
-# ---- client: a request in, one line and an exit code out; as an ordinary user ----------------------------------------
+def scapy_layers():
+    """scapy.layers.inet and inet6, never scapy.all: 0.1 s, which the other transports save."""
+    import logging
+    logging.getLogger("scapy").setLevel(logging.CRITICAL)
+    from scapy.layers import inet, inet6
+    return inet, inet6
 
-NO_COOKIE = 34  # TCP_FASTOPEN_NO_COOKIE in linux/tcp.h
-WAIT, GROWTH, LONGEST = 0.3, 1.3, 1.2  # seconds to the first repeat, factor to the next (jittered), longest
-TRANSLATED = [ipaddress.ip_network(net) for net in (  # who has such an address may be seen with another
-    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16", "192.0.0.0/29", "fc00::/7", "fe80::/10")]
+
+def crafted(own, to, upper, payload, number=0):
+    """An IP packet between two addresses, with the header that Linux would give it."""
+    inet, inet6 = scapy_layers()
+    if ":" in to:
+        return bytes(inet6.IPv6(src=own, dst=to, fl=secrets.randbits(20)) / upper / payload)
+    return bytes(inet.IP(src=own, dst=to, flags="DF", id=number) / upper / payload)
 
 
-class KernelTransport:
-    """An ordinary socket's SYN carries the fragment: TCP Fast Open (RFC 7413) without a cookie. Needs no privilege."""
+def respond(packet, payload):
+    """The bytes that answer a Packet: a datagram, a SYN-ACK or an ACK, with numbers and options as
+    Linux has them where net.ipv4.tcp_timestamps is 0."""
+    inet, fields, number = scapy_layers()[0], {}, 0
+    if packet.tcp:
+        _, _, seq, own_seq, _, flags = struct.unpack_from(">HHIIBB", packet.tcp)
+        ack = (seq + (flags >> 1 & 1) + len(packet.payload)) % 2**32  # a SYN counts as one byte
+        fields, number = dict(seq=own_seq, ack=ack, flags="PA", window=501), secrets.randbits(16)
+        if flags & 0x12 == 0x02:  # SYN without ACK
+            six, nop = len(packet.own) > 4, ("NOP", None)
+            options = [("MSS", 1440 if six else 1460), nop, nop, ("SAckOK", b""), nop,
+                       ("WScale", 7)]
+            fields.update(seq=secrets.randbits(32), flags="SA", options=options,
+                          window=64800 if six else 64240)
+            number = 0
+    kind = inet.TCP if packet.tcp else inet.UDP
+    upper = kind(sport=packet.own_port, dport=packet.port, **fields)
+    own, to = (str(ipaddress.ip_address(address)) for address in (packet.own, packet.sender))
+    return crafted(own, to, upper, payload, number)
 
-    def __init__(self, family, address, ports):
-        self.family, self.address, self.ports, self.sockets, self.trouble = family, address, ports, [], ""
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting UDP sends nothing: it looks up the route
-            probe.connect((address[0], 9, *address[2:]))
-            self.own = probe.getsockname()[0].partition("%")[0]
+
+# ---- client: a request in, one line and an exit code out; as an ordinary user --------------------
+
+WAIT, GROWTH, LONGEST = 0.3, 1.3, 1.2  # seconds to the first repeat, factor to the next, longest
+# Who has one of these addresses may be seen with another.
+TRANSLATED = ("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 169.254.0.0/16 192.0.0.0/29 "
+              "fc00::/7 fe80::/10").split()
+
+
+class UdpTransport:
+    """The frames as datagrams of one ordinary UDP socket: nothing in it is Linux's own."""
+
+    def __init__(self, family, own, targets):
+        self.family, self.own, self.targets, self.sockets = family, own, targets, []
 
     def knock(self, frames):
-        for port, payload in zip(self.ports, frames):
+        self.sockets = self.sockets or [socket.socket(self.family, socket.SOCK_DGRAM)]
+        for target, payload in zip(self.targets, frames):
+            self.sockets[0].sendto(payload, target)
+
+    def read(self, sock):
+        return sock.recv(2048)
+
+    def answer(self, sock, payload):
+        sock.sendto(payload, self.targets[-1])
+
+
+class KernelTransport(UdpTransport):
+    """An ordinary socket's SYN carries the fragment: TCP Fast Open (RFC 7413) without a cookie,
+    which Linux alone gives to everybody."""
+
+    def knock(self, frames):
+        for target, payload in zip(self.targets, frames):
             sock = socket.socket(self.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST
+            sock.setsockopt(socket.IPPROTO_TCP, 34, 1)  # TCP_FASTOPEN_NO_COOKIE in linux/tcp.h
+            sock.sendto(payload, socket.MSG_FASTOPEN, target)
+        self.sockets.append(sock)  # only the last port answers; of the others the SYN is out
+        del self.sockets[:-4]  # before their third time-out, when Linux may turn Fast Open off
+
+    def read(self, sock):
+        self.sockets.remove(sock)
+        payload = sock.recv(2048)  # OSError or b"" where the connection is over: it is forgotten
+        if payload:
             self.sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave nothing half-open
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, NO_COOKIE, 1)
-                if sock.sendto(payload, socket.MSG_FASTOPEN, (self.address[0], port, *self.address[2:])) < len(payload):
-                    self.trouble = "the path's MTU is too small for a fragment"
-            except OSError as error:
-                self.trouble = error.strerror
-                if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
-                    raise Fault(SYSTEM, "this kernel sends no TCP Fast Open: sysctl -w net.ipv4.tcp_fastopen=1, or "
-                                        "knock as root with --transport crafted") from None
-            if port != self.ports[-1]:
-                self.sockets.pop().close()  # its SYN is out, and only the last port answers
-        while len(self.sockets) > 4:
-            self.sockets.pop(0).close()  # before its third time-out, at which Linux may switch Fast Open off
+        return payload
 
-    def receive(self, timeout):
-        for sock in select.select(self.sockets, [], [], timeout)[0]:
-            self.sockets.remove(sock)
-            try:
-                if payload := sock.recv(2048):
-                    self.sockets.append(sock)  # the last one is where `answer` sends
-                    return payload
-            except OSError as error:
-                self.trouble = error.strerror
-            sock.close()
-        return None
-
-    def answer(self, payload):
-        with suppress(OSError):  # a connection that was reset: the time runs out, and says so
-            self.sockets[-1].send(payload)
-
-    def close(self):
-        for sock in self.sockets:
-            sock.close()
+    def answer(self, sock, payload):
+        sock.send(payload)
 
 
-class CraftedTransport(KernelTransport):
-    """Every packet made and read with scapy on raw sockets (CAP_NET_RAW). The kernel answers the SYN-ACK, of which it
-    knows nothing, with RST: the server ignores it."""
+class CraftedTransport(UdpTransport):
+    """Every packet made with scapy, as in 2010 (CAP_NET_RAW). The kernel, which knows nothing of
+    the connection, answers the SYN-ACK with RST: the server ignores that."""
 
-    def __init__(self, family, address, ports):
-        super().__init__(family, address, ports)
-        self.scapy, self.port = load_scapy(), 32768 + int.from_bytes(os.urandom(2), "big") % 28000
-        self.ip = (self.scapy.IP if family == socket.AF_INET else self.scapy.IPv6)(src=self.own, dst=address[0])
+    def __init__(self, family, own, targets):
+        super().__init__(family, own, targets)
+        self.port = 32768 + secrets.randbelow(28000)
         try:
             self.raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
-            self.sniffer, self.offset = packet_socket(self.scapy, self.ip.route()[0],
-                                                      f"tcp and src host {address[0]} and src port {ports[-1]} and "
-                                                      f"dst portrange {self.port}-{self.port + 4000}")
+            protocol = socket.htons(0x86DD if family == socket.AF_INET6 else 0x0800)
+            self.sockets = [socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol)]
         except PermissionError:
-            raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: use sudo, or --transport kernel") from None
-        self.sockets += [self.raw, self.sniffer]
-
-    def send(self, payload, **fields):
-        packet = self.ip / self.scapy.TCP(window=64240, **fields) / payload
-        try:
-            self.raw.sendto(bytes(packet), (self.address[0], 0, *self.address[2:]))
-        except OSError as error:
-            self.trouble = error.strerror
+            raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: sudo, or no --transport")
 
     def knock(self, frames):
         self.port += 1  # a new connection in the eyes of the firewalls on the way
-        for port, payload in zip(self.ports, frames):
-            seq, *cookie = struct.unpack(">III", os.urandom(12))  # the cookie makes data in a SYN look usual
-            self.send(payload, sport=self.port, dport=port, flags="S", seq=seq, options=[
-                ("MSS", 1460), ("SAckOK", b""), ("NOP", None), ("WScale", 7), ("TFO", tuple(cookie)), ("NOP", None), ("NOP", None)])
+        for target, payload in zip(self.targets, frames):
+            cookie = secrets.randbits(32), secrets.randbits(32)  # with it, SYN data looks usual
+            options = [("MSS", 1460), ("SAckOK", b""), ("NOP", None), ("WScale", 7),
+                       ("TFO", cookie), ("NOP", None), ("NOP", None)]
+            upper = scapy_layers()[0].TCP(sport=self.port, dport=target[1], flags="S",
+                                          seq=secrets.randbits(32), window=64240, options=options)
+            self.send(crafted(self.own, target[0], upper, payload))
 
-    def receive(self, timeout):
-        span = None
-        if select.select([self.sniffer.ins], [], [], timeout)[0]:
-            packet = self.sniffer.ins.recv(2048)
-            span = tcp_span(packet, self.offset)
-        if span is None:
-            return None
-        tcp, start, end = span
-        server, own_port, seq, ack = struct.unpack_from(">HHII", packet, tcp)
-        after = (seq + (packet[tcp + 13] >> 1 & 1) + end - start) % 2**32  # a SYN counts as one byte
-        self.back = {"sport": own_port, "dport": server, "flags": "PA", "seq": ack, "ack": after}
-        return packet[start:end]
+    def send(self, packet):
+        self.raw.sendto(packet, (self.targets[0][0], 0, *self.targets[0][2:]))
 
-    def answer(self, payload):
-        self.send(payload, **self.back)
+    def read(self, sock):
+        self.packet = split(sock.recv(2048).ljust(LEAST))
+        return self.packet.payload
+
+    def answer(self, _, payload):
+        self.send(respond(self.packet, payload))
 
 
-def open_transport(host, family, kind, ports):
-    """A transport to the first address of the host that there is a route to. Raises Fault."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        net_raw = int(re.search(r"CapEff:\s*(\w+)", file.read())[1], 16) >> 13 & 1  # capabilities(7)
-    transport, trouble = CraftedTransport if kind == "crafted" or not kind and net_raw else KernelTransport, None
+def open_transports(host, family, kind, ports):
+    """(transports to take turns with, own address) to a host, whose addresses the resolver sorts by
+    whether there is a route (RFC 6724). Raises Fault."""
+    kinds = {"kernel": [KernelTransport], "udp": [UdpTransport], "crafted": [CraftedTransport],
+             None: [KernelTransport, UdpTransport][not hasattr(socket, "MSG_FASTOPEN"):]}
     try:
-        for family, _, _, _, address in socket.getaddrinfo(host, None, family, socket.SOCK_STREAM):
-            try:
-                return transport(family, address, ports)
-            except OSError as error:
-                trouble = error
+        family, _, _, _, where = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0]
+        targets = [(where[0], port, *where[2:]) for port in ports]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(targets[0])  # sends nothing: it looks up the route
+            own = probe.getsockname()[0].partition("%")[0]
+        return [transport(family, own, targets) for transport in kinds[kind]], own
     except (OSError, UnicodeError) as error:
-        trouble = error
-    raise Fault(NO_ANSWER, f"{printable(host)}: {getattr(trouble, 'strerror', 'no host name')}")
+        trouble = getattr(error, "strerror", "no host name")
+        raise Fault(NO_ANSWER, f"{host}: {trouble}: another name, -4 or -6?")
+
+
+def converse(host, transports, own, key, count, k, sealed, seconds, step):
+    """The client's side of the exchange, and the side that drives it through losses: the knock is
+    repeated, by each transport in turn, until the result is there. -> (done, status, text)"""
+    knock_id, reply_key = keyed(k, b"id", b"", ID), keyed(k, b"reply", sealed, 32)
+    size, pieces = -(-len(sealed) // count), range(count)
+    nets = map(ipaddress.ip_network, TRANSLATED)
+    mine = "" if any(ipaddress.ip_address(own) in net for net in nets) else own
+    turn, wait, trouble, challenged, end = 0, WAIT, "", False, monotonic() + seconds
+    while monotonic() < end:
+        transport, turn = transports[turn % len(transports)], turn + 1
+        step(f"{count} fragments go by {type(transport).__name__}")
+        try:
+            transport.knock([frame(key, b"knock", bytes([i]) + knock_id + sealed[i * size:][:size])
+                             for i in pieces])
+        except OSError as error:
+            trouble = f" ({type(transport).__name__}: {error.strerror})"
+        again = min(end, monotonic() + wait * (0.75 + secrets.randbelow(512) / 1024))
+        wait = min(wait * GROWTH, LONGEST)
+        while (left := again - monotonic()) > 0:
+            owners = {sock: transport for transport in transports for sock in transport.sockets}
+            for sock in select.select(owners, [], [], left)[0]:
+                try:
+                    payload = owners[sock].read(sock)
+                    if result := unframe(reply_key, b"result", payload, 2):
+                        return result[1][0], result[1][1], result[1][2:]
+                    if challenge := unframe(reply_key, b"challenge", payload, 34):
+                        nonce, patience = struct.unpack_from(">32sH", challenge[1])
+                        seen = challenge[1][34:].decode(errors="replace")
+                        if mine and seen != mine:
+                            raise Fault(RELAYED, f"the server sees {seen}, this machine is {mine}: "
+                                                 "somebody relays the knock or translates its "
+                                                 "address; nothing was opened")
+                        if not challenged:
+                            step(f"the server has unsealed the request, and sees {seen}")
+                            challenged, end = True, monotonic() + seconds + min(999, patience)
+                        transports = [owners[sock]]  # the way that works
+                        proof = knock_id + keyed(reply_key, b"answer", nonce, 32)
+                        transports[0].answer(sock, frame(key, b"knock", bytes([count]) + proof))
+                except OSError as error:
+                    trouble = f" ({type(owners[sock]).__name__}: {error.strerror})"
+    if challenged:
+        raise Fault(NO_ANSWER, f"{host} sent a challenge but no result: knock again")
+    raise Fault(NO_ANSWER, f"no answer from {host} in {seconds} s: wrong secret_ports or secret, a "
+                           "clock more than a minute off, a key that the server does not know, no "
+                           f"server, or a firewall on the way{trouble}: try another --transport")
 
 
 def cmd_knock(options):
-    """Knock at options.host, prove who is who, print what was done. Returns the exit code."""
-    began = time.monotonic()
+    """Knock at options.host, print what was done. Returns the exit code."""
+    began, sections = monotonic(), (options.host, "client")
 
     def step(text):
         if options.verbose:
-            log(f"{(time.monotonic() - began) * 1000:6.0f} ms  {text}")
+            log(f"{(monotonic() - began) * 1000:6.0f} ms  {text}")
 
     try:
         command = command_of([options.action, *options.words])
         ports = options.ports and parse("secret_ports", options.ports)
-        timeout = parse("command_timeout", options.timeout)
+        seconds = parse("command_timeout", options.timeout)
     except ValueError as error:
-        raise Fault(USAGE, str(error)) from None
-    config, sections = Config(options.config), (options.host, "client")
-    ports, secret = ports or config.get("secret_ports", *sections), config.get("secret", *sections)
-    key, count, server = derive_key(secret, ports), len(ports), config.get("server_key", *sections)
-    user = options.user or config.get("user", *sections)
-    user = f"<{user}>" if "@" in user and "<" not in user else user  # gpg: exactly this email; else a fingerprint
-    ring = Keyring(options.gpg_dir or config.get("client_gpg_dir", *sections, default=CLIENT_RING))
-    ring.time = 120  # pinentry waits for a person
-    covers = config.get("img_dir", *sections, default="") if options.img_dir is None else options.img_dir
-    transport = open_transport(config.get("host", *sections, default=options.host), options.family, options.transport, ports)
-    address = "" if any(ipaddress.ip_address(transport.own) in network for network in TRANSLATED) else transport.own
+        raise Fault(USAGE, str(error))
+    config = Config(options.config)
+    server, user = config.get("server_key", sections), options.user or config.get("user", sections)
+    ports = ports or config.get("secret_ports", sections)
+    key = shared_key(config.get("secret", sections), ports)
+    home = options.gpg_dir or config.get("client_gpg_dir", sections, CLIENT_RING)
+    images = config.get("img_dir", sections, "") if options.img_dir is None else options.img_dir
+    target = config.get("host", sections, options.host)
+    transports, own = open_transports(target, options.family, options.transport, ports)
 
-    knock_id = os.urandom(ID)
-    request = json.dumps({"to": server, "id": knock_id.hex(), "cmd": command, "ip": address}, ensure_ascii=False, separators=(",", ":"))
-    sealed = ring.seal(lambda: hide(cover_image(covers), request.encode()), user, server)
-    size = -(-len(sealed) // count)
-    if HEAD + ID + size > FRAGMENT_MAX:
-        raise Fault(CONFIG, f"{len(sealed)} bytes do not fit {count} packets: use more secret_ports, or smaller keys")
+    k = os.urandom(32)
+    request = json.dumps({"to": server, "k": k.hex(), "cmd": command}, ensure_ascii=False)
+    sealed = seal(home, hide(cover(images), request.encode()), user, server)
+    if len(sealed) > len(ports) * (FRAME_MAX - HEAD - 1 - ID):
+        raise Fault(CONFIG, f"{len(sealed)} bytes do not fit {len(ports)} packets: use more "
+                            "secret_ports, or smaller keys")
     step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
-
-    def unseal(data, least):
-        """What the server, and nobody else, sealed for this knock, `least` bytes at least; None for another."""
-        try:
-            signer, plain = ring.unseal(data, user)
-        except Fault as fault:
-            if "decryption failed" in str(fault):
-                return None  # sealed for somebody else, and sent to us by whoever saw it
-            raise Fault(WRONG_SERVER, f"an answer that server_key {server} did not seal: {fault}") from None
-        if not hmac.compare_digest(signer, server):
-            raise Fault(WRONG_SERVER, f"the answer is signed by {signer}, not by server_key {server}")
-        return plain[ID:] if hmac.compare_digest(plain[:ID], knock_id) and len(plain) >= ID + least else None
-
-    # The client alone drives the exchange through losses: it repeats its knock until the result is there. The server answers
-    # with the challenge, or with the result as soon as it has one, and acts once.
-    challenge, result, wait, until = None, None, WAIT, time.monotonic() + timeout
-    try:
-        while not result and time.monotonic() < until:
-            transport.knock([frame(key, fragment_label(position, count), knock_id + sealed[position * size:(position + 1) * size])
-                             for position in range(count)])
-            step(f"{count} fragments sent to {transport.address[0]} by {type(transport).__name__}")
-            again = min(until, time.monotonic() + wait * (0.75 + os.urandom(1)[0] / 512))
-            wait = min(wait * GROWTH, LONGEST)
-            while not result and (left := again - time.monotonic()) > 0:
-                payload = transport.receive(left) or b""
-                if data := unframe(key, b"result", payload):
-                    result = unseal(data, 2)
-                elif data := unframe(key, b"challenge", payload):
-                    if not challenge:
-                        challenge = unseal(data, 34)
-                        if not challenge:
-                            continue
-                        patience, seen = min(999, int.from_bytes(challenge[32:34], "big")), printable(challenge[34:].decode(errors="replace"))
-                        step(f"challenge sealed by {server}: it is the server, and it sees this client at {seen}")
-                        if address and seen != address:
-                            raise Fault(WRONG_SERVER, f"the server sees {seen}, but this machine is {address}: someone relays the knock")
-                        until = time.monotonic() + timeout + patience
-                    transport.answer(frame(key, b"answer", knock_id + hmac.digest(challenge[:32], knock_id, "sha256")))
-                    step("answer sent")
-    finally:
-        transport.close()
-    if not challenge:
-        raise Fault(NO_ANSWER, f"no answer from {options.host} in {timeout} s: wrong secret_ports or secret, a clock "
-                    "more than a minute off, a key that the server does not know, no server, or a firewall on the way"
-                    + (f" ({transport.trouble})" if transport.trouble else ""))
-    if not result:
-        raise Fault(NO_ANSWER, f"{options.host} sent a challenge but no result in {timeout + patience} s: knock again")
-    step("result received")
-    done, status, text = result[0], result[1], result[2:]
-    if not done or command[0] != "E":
-        text = printable(text.decode(errors="replace")).replace("{host}", options.host)
+    done, status, text = converse(options.host, transports, own, key, len(ports), k, sealed,
+                                  seconds, step)
+    if command[0] != "E" or not done:
+        text = printable(text.decode(errors="replace"))
+        text = text.replace(" for ", f" on {options.host} for ", 1)
     if not done:
         raise Fault(status or REFUSED, f"{options.host}: {text}")
     os.write(1, text if command[0] == "E" else f"{text}\n".encode())
     return status
 
 
-# ---- listener: packets in, requests to the monitor out; unprivileged, and the only reader of the wire -----------------
+# ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
 
-SEEN_MAX = 65536  # nonces remembered: three minutes of frames at 360 a second; the oldest goes first
-KNOCKS_MAX, KNOCKS_EACH = 256, 16  # knocks under way in all, and from one address (IPv6: one /64)
-ANSWER_TIME = 30  # seconds from a challenge to its answer
-EVICTED = ("refused", "done", "collecting", "working", "challenged", "asked")  # when there are too many: these first, oldest first
-WORKERS, WORKERS_EACH = 4, 2  # threads that wait for gpg, in all and for new knocks from one address
-RECEIVE_BUFFER = 64 << 20  # bytes: a third of a second of packets at 100,000 a second
+CLOCKS = 60_000  # milliseconds that a client's clock may differ
+SEEN_MAX = 65_536  # nonces and ids remembered: a frame is good for two minutes, so 500 a second
+PARTIAL_MAX, KNOCKS_MAX, UNANSWERED_MAX = 256, 256, 16  # knocks; the last: an address (IPv6: /64)
+ANSWER_TIME, REPEAT_TIME = 30, 10  # seconds from challenge to answer; in which a result is repeated
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
-RESULT_LEAST = 160  # bytes that every result may have, also where RSA-4096 leaves little of a packet
-
-
-def load_scapy():
-    """The parts of scapy in use (never scapy.all): 0.1 s to import, so the kernel transport does without."""
-    import logging
-    logging.getLogger("scapy").setLevel(logging.CRITICAL)
-    import scapy.arch
-    from scapy.arch.common import compile_filter
-    from scapy.layers.inet import IP, TCP
-    from scapy.layers.inet6 import IPv6
-    from scapy.layers.l2 import Ether
-    from scapy.error import Scapy_Exception
-    compile_filter("tcp", linktype=1)  # raises where libpcap is missing; scapy 2.5's sockets would go on without a filter
-    scapy.config.conf.sniff_promisc = False  # promiscuous mode would show
-    return SimpleNamespace(conf=scapy.config.conf, IP=IP, TCP=TCP, IPv6=IPv6, Ether=Ether, Exception=Scapy_Exception)
-
-
-def packet_socket(scapy, interface, bpf):
-    """(scapy L2 socket behind a kernel filter, length of its packets' link header)."""
-    with open(f"/sys/class/net/{interface}/type", encoding="ascii") as file:
-        link_header = 14 if file.read().strip() in ("1", "772") else 0  # Ethernet and loopback; tunnels have none
-    scapy.conf.ifaces.reload()
-    try:
-        sock = scapy.conf.L2socket(iface=interface, filter=bpf)
-    except scapy.Exception as error:
-        raise OSError(errno.ENODEV, str(error)) from None
-    sock.ins.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING in linux/if_packet.h
-    return sock, link_header
+# BPF (linux/filter.h) before libpcap's: to this host only, neither sent by it nor to others; and
+# without a VLAN tag, since the VLAN's own interface delivers that packet again.
+TO_THIS_HOST = ((0x20, 0, 0, 0xFFFFF004), (0x15, 0, 3, 0),  # SKF_AD_PKTTYPE: PACKET_HOST
+                (0x20, 0, 0, 0xFFFFF02C), (0x54, 0, 0, 0xFFF),  # SKF_AD_VLAN_TAG: its id
+                (0x15, 1, 0, 0), (0x06, 0, 0, 0))
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311}  # the number of keyctl(2)
 
 
 class Knock:
-    """A knock under way. Each change of its state is made by one thread alone, which has all else in place before:
+    """A knock from its first fragment to its last result."""
 
-    collecting -> working      the loop, with the last fragment      a worker's turn: `challenge`
-    working -> challenged      a worker, or -> refused               the challenge is sent, now and at each repeated knock
-    challenged -> asked        the loop, with the right answer       the monitor has the request
-    asked -> done              the reader of the monitor's results   the result is sent, now and at each repeated knock
-    """
-
-    def __init__(self, knock_id, owner):
-        self.id, self.owner, self.pieces, self.state, self.queued, self.deadline = knock_id, owner, {}, "collecting", False, 0
-        self.segment = self.address = self.nonce = self.signer = self.command = self.challenge = self.plain = self.result = None
+    def __init__(self):
+        self.pieces, self.packet, self.answered = {}, None, False
+        self.frames, self.result = queue.Queue(4), queue.Queue()
 
 
 class Listener:
-    """Gate, reassembly and dialogue. All its memory is bounded, and so is one address's share of it and of the workers: who
-    has the secret and floods from one address, stands in that address's way only."""
+    """Gate and reassembly in one thread, and a thread a knock for the dialogue. Bounded memory."""
 
-    def __init__(self, settings, ring, scapy, sock, link_header, channel):
-        self.settings, self.ring, self.scapy, self.sock, self.ip, self.channel = settings, ring, scapy, sock, link_header, channel
-        count = len(settings.ports)
-        self.last, self.labels = count - 1, [fragment_label(position, count) for position in range(count)] + [b"answer"]
-        self.positions = {port.to_bytes(2, "big"): position for position, port in enumerate(settings.ports)}
-        self.taggers = [tagger(settings.key, label) for label in self.labels]
-        import queue  # the client does without
-        self.seen, self.knocks, self.jobs, self.began = OrderedDict(), {}, queue.SimpleQueue(), time.time() * 1000
+    def __init__(self, sock, channel, settings):
+        self.sock, self.channel, self.settings = sock, channel, settings
+        self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
+        self.last, self.began = len(self.ports) - 1, time.time() * 1000
+        self.seen, self.partial, self.knocks = OrderedDict(), OrderedDict(), {}
+        self.gpg_slots = threading.Semaphore(4)
 
-    # ==== unauthenticated bytes: from here ====
-    def gate(self, packet):
-        """An authentic frame not seen before -> (position, data, payload's offset, its end). Else None, and nothing is kept.
-        Positions 0 to N-1 are fragments, in a SYN to their port alone; N is an answer, in an ACK to the last port."""
-        span = tcp_span(packet, self.ip)
-        if span is None:
+    def attach_filter(self):
+        """The kernel passes what may be a frame, and nothing else: the filter is locked."""
+        from scapy.arch.common import compile_filter
+        ports = " or ".join(f"dst port {port}" for port in self.ports)
+        text = f"(tcp or udp) and ({ports}) and greater {LEAST} and less {MOST}"
+        try:
+            program = compile_filter(text, linktype=12)  # raw IP
+        except Exception as error:  # scapy's own
+            raise ImportError(error)
+        rest = [(step.code, step.jt, step.jf, step.k) for step in program.bf_insns[:program.bf_len]]
+        code = b"".join(struct.pack("HBBI", *step) for step in (*TO_THIS_HOST, *rest))
+        where = ctypes.create_string_buffer(code)
+        value = struct.pack("HP", len(code) // 8, ctypes.addressof(where))
+        self.sock.setsockopt(socket.SOL_SOCKET, 26, value)  # SO_ATTACH_FILTER
+        self.sock.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+
+    # ==== bytes that anybody may have sent: from here ====
+    def receive(self):
+        while True:
+            if passed := self.gate(*self.sock.recvfrom(2048)):
+                self.sort(*passed)
+
+    def gate(self, data, link):
+        """An authentic frame of now, not seen before, at its own port -> (position, id, piece,
+        Packet). Else None, and nothing is kept."""
+        if len(data) < LEAST:
             return None
-        tcp, start, end = span
-        position, flags = self.positions.get(packet[tcp + 2:tcp + 4]), packet[tcp + 13] & 0x17  # ACK, RST, SYN, FIN
-        if position == self.last and flags == 0x10:
-            position += 1
-        elif position is None or flags != 0x02:
+        packet = split(data, link)
+        opened = unframe(self.key, b"knock", packet.payload, 1 + ID)
+        # ==== to here. Who sent what opened has the secret; who it is, gpg will say. ====
+        if opened is None:
             return None
-        payload = packet[start:end]
-        nonce = payload[:NONCE]
-        if len(payload) < HEAD + ID or not authentic(self.taggers[position], payload) or nonce in self.seen:
+        (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
+        if abs(now - sent) > CLOCKS or sent <= self.began <= now or nonce in self.seen:
+            return None  # what was seen before it began, this process cannot know
+        self.remember(nonce)
+        if data[0] > self.last + 1 or packet.own_port != self.ports[min(data[0], self.last)]:
             return None
-        self.seen[nonce] = None
+        return data[0], data[1:1 + ID], data[1 + ID:], packet
+
+    def remember(self, token):
+        self.seen[token] = None
         if len(self.seen) > SEEN_MAX:
             self.seen.popitem(last=False)
-        data = mask(self.settings.key, self.labels[position], nonce, payload[NONCE + TAG:])
-        if int.from_bytes(data[:STAMP], "big") <= self.began <= time.time() * 1000:
-            return None  # from before this process, which does not know what was seen then
-        return position, data[STAMP:], start, end
-    # ==== to here. The sender of what passed has the secret; who it is, gpg says. ====
 
-    def run(self):
-        for target in [self.take_results] + [self.work] * WORKERS:
-            threading.Thread(target=target, daemon=True).start()
-        down = False
+    def sort(self, position, knock_id, piece, packet):
+        """A frame to its knock. The address that counts is that of the first last fragment."""
+        if knock := self.knocks.get(knock_id):
+            if position >= self.last and packet.sender == knock.packet.sender:
+                knock.packet = packet
+                with suppress(queue.Full):  # never waits: its client repeats itself
+                    knock.frames.put_nowait((position, piece))
+        elif position <= self.last and knock_id not in self.seen:
+            knock = self.partial.setdefault(knock_id, Knock())
+            if len(self.partial) > PARTIAL_MAX:
+                self.partial.popitem(last=False)
+            knock.pieces.setdefault(position, piece)
+            if position == self.last:
+                knock.packet = knock.packet or packet
+            if len(knock.pieces) > self.last:
+                del self.partial[knock_id]
+                self.start(knock_id, knock)
+
+    def start(self, knock_id, knock):
+        """A thread for a whole knock. One beyond the limits is dropped: its repeat asks again."""
+        others, owner = list(self.knocks.values()), knock.packet.sender[:8]
+        crowd = [each for each in others if each.packet.sender[:8] == owner and not each.answered]
+        if len(others) < KNOCKS_MAX and len(crowd) < UNANSWERED_MAX:
+            self.knocks[knock_id] = knock
+            threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
+
+    def serve(self, knock_id, knock):
+        address = str(ipaddress.ip_address(knock.packet.sender))
+        try:
+            self.dialogue(knock_id, knock, address)
+        except queue.Empty:
+            pass  # its time is over
+        except Exception as error:  # whatever becomes of one knock, the next is served
+            reason = error if isinstance(error, Fault) else type(error).__name__
+            self.say(f"{address}: knock refused: {reason}")
+        self.remember(knock_id)  # before it goes: its repeats shall start no gpg
+        del self.knocks[knock_id]
+
+    def dialogue(self, knock_id, knock, address):
+        """The server's side of the exchange. Raises Fault, or queue.Empty when its time is over."""
+        sealed = b"".join(piece for _, piece in sorted(knock.pieces.items()))
+        own = self.settings["own"]
+        with self.gpg_slots:
+            signer, png = unseal(self.settings["home"], sealed, own)
+        try:
+            request = json.loads(reveal(png))
+            k, command = bytes.fromhex(request["k"]), command_of(request["cmd"])
+            if request["to"] != own or keyed(k, b"id", b"", ID) != knock_id:
+                raise ValueError
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise Fault(BAD_DATA, f"{signer} signed no request, or for another server or knock")
+
+        reply_key, nonce = keyed(k, b"reply", sealed, 32), os.urandom(32)
+        patience = self.settings["patience"] if command[0] == "E" else 0
+        challenge = nonce + patience.to_bytes(2, "big") + address.encode()
+        answer, end = keyed(reply_key, b"answer", nonce, 32), monotonic() + ANSWER_TIME
+        position, piece = self.last, b""
+        while not hmac.compare_digest(piece, answer):
+            if position == self.last:  # the knock, and its repeats
+                self.reply(knock.packet, frame(reply_key, b"challenge", challenge))
+            position, piece = knock.frames.get(timeout=max(0, end - monotonic()))
+        knock.answered = True
+
+        self.say([knock_id.hex(), signer, command, address])
+        result = knock.result.get(timeout=patience + ANSWER_TIME)
+        end = monotonic() + REPEAT_TIME
         while True:
-            try:
-                packet = self.sock.ins.recv(2048)
-            except OSError as error:
-                if not down:
-                    log(f"{self.settings.interface}: {error.strerror}: no knock is heard until it is up again", 4)
-                down = True
-                time.sleep(0.1)
-                continue
-            if passed := self.gate(packet):
-                down = False
-                position, data, start, end = passed
-                first, length = (8, 16) if packet[self.ip] >> 4 == 6 else (12, 4)
-                address = packet[self.ip + first:self.ip + first + length]
-                handle = self.on_answer if position > self.last else self.on_fragment
-                handle(data[:ID], data[ID:], position, address, (packet[:start], end - start))
+            self.reply(knock.packet, frame(reply_key, b"result", result))
+            knock.frames.get(timeout=max(0, end - monotonic()))
 
-    def on_fragment(self, knock_id, piece, position, address, segment):
-        knock = self.knocks.get(knock_id) or self.new_knock(knock_id, address[:8])
-        if position == self.last and (knock.state == "collecting" or address == knock.address):
-            knock.segment, knock.address = segment, address  # the address that counts is the last fragment's
-        if knock.state == "collecting":
-            knock.pieces[position] = piece
-            at_work = [other.owner for other in self.knocks.values() if other.state == "working"]
-            if len(knock.pieces) > self.last and len(at_work) < 2 * WORKERS and at_work.count(knock.owner) < WORKERS_EACH:
-                knock.state = "working"  # where too many are, its next fragment asks again
-                self.enqueue(knock)
-        elif position == self.last and address == knock.address and knock.state in ("challenged", "done"):
-            self.enqueue(knock)
+    def reply(self, packet, payload):
+        """To where a packet came from, by the interface and link address that it came by."""
+        with suppress(OSError):  # an interface that is gone: the client repeats itself
+            self.sock.sendto(respond(packet, payload), packet.link)
 
-    def new_knock(self, knock_id, owner):
-        """A knock in the table; where that is full, or the owner's share of it, in place of the one that is missed least."""
-        crowd = [other for other in self.knocks.values() if other.owner == owner]
-        if len(crowd) < KNOCKS_EACH:
-            crowd = list(self.knocks.values()) if len(self.knocks) >= KNOCKS_MAX else []
-        if crowd:
-            late = [other for other in crowd if other.state == "challenged" and other.deadline < time.monotonic()]
-            del self.knocks[min(late or crowd, key=lambda other: EVICTED.index(other.state)).id]
-        knock = self.knocks[knock_id] = Knock(knock_id, owner)
-        return knock
-
-    def on_answer(self, knock_id, proof, _, address, segment):
-        knock = self.knocks.get(knock_id)
-        if knock is None or knock.address != address or knock.state not in ("challenged", "asked", "done") \
-                or not hmac.compare_digest(proof, hmac.digest(knock.nonce, knock_id, "sha256")):
-            return
-        knock.segment = segment
-        if knock.state == "done":
-            self.enqueue(knock)
-        elif knock.state == "challenged" and time.monotonic() < knock.deadline:
-            knock.state = "asked"
-            request = {"id": knock_id.hex(), "signer": knock.signer, "command": knock.command, "ip": str(ipaddress.ip_address(address))}
-            try:
-                self.channel.send(json.dumps(request).encode(), socket.MSG_DONTWAIT)
-            except OSError:
-                knock.state = "challenged"  # the monitor is busy: the client's next answer asks again
+    def say(self, message):
+        self.channel.send(json.dumps(message).encode())
 
     def take_results(self):
-        """From the monitor; when that is gone, the listener goes too."""
+        """From the monitor, each to the thread that waits; when it is gone, this process goes."""
         with suppress(OSError):
             while message := self.channel.recv(MESSAGE_MAX):
                 if knock := self.knocks.get(message[:ID]):
-                    knock.plain, knock.state = message, "done"
-                    self.enqueue(knock)
-        os._exit(0)
-
-    def enqueue(self, knock):
-        if not knock.queued:  # once each, and few are working: the queue is bounded too
-            knock.queued = True
-            self.jobs.put(knock)
-
-    def work(self):
-        """One of the threads that wait for gpg."""
-        while True:
-            knock = self.jobs.get()
-            knock.queued = False
-            if self.knocks.get(knock.id) is not knock:
-                continue  # evicted
-            try:
-                if knock.state == "working":
-                    self.challenge(knock)
-                elif knock.state == "done" and knock.result is None:
-                    self.seal_result(knock)
-                self.reply(knock)
-            except Exception as error:  # whatever becomes of one knock, the next is served
-                reason = error if isinstance(error, (Fault, OSError)) else type(error).__name__
-                log(f"{ipaddress.ip_address(knock.address)}: knock refused: {reason}", 4)
-                knock.state = "refused" if knock.state == "working" else knock.state
-
-    def challenge(self, knock):
-        """Unseal a whole knock, and seal the challenge for who signed it. Raises Fault."""
-        own, seen = self.settings.own, str(ipaddress.ip_address(knock.address))
-        signer, png = self.ring.unseal(b"".join(piece for _, piece in sorted(knock.pieces.items())), own)
-        try:
-            request = json.loads(reveal(png))
-            to, knock_id, command, claimed = request["to"], request["id"], command_of(request["cmd"]), request["ip"]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise Fault(BAD_DATA, f"{signer} signed what is not a request") from None
-        if to != own or knock_id != knock.id.hex():
-            raise Fault(BAD_DATA, f"{signer} asked another server for this, or in another knock: {str(to)[:40]}")
-        if claimed and claimed != seen:
-            log(f"{seen}: {signer} has the address {str(claimed)[:40]}: its knock is relayed, or translated on the way", 4)
-        patience = self.settings.patience if command[0] == "E" else 0
-        knock.signer, knock.command, knock.nonce, knock.pieces = signer, command, os.urandom(32), {}
-        plain = knock.id + knock.nonce + patience.to_bytes(2, "big") + seen.encode()
-        knock.challenge = self.ring.seal(plain, own, signer)
-        knock.room = max(RESULT_LEAST, FRAGMENT_MAX - HEAD - len(knock.challenge) + len(plain))
-        knock.deadline, knock.state = time.monotonic() + ANSWER_TIME, "challenged"
-
-    def seal_result(self, knock):
-        """Seal what the monitor said, cut to what one packet takes."""
-        cut = b"\n[cut to one packet]\n"
-        plain = knock.plain if len(knock.plain) <= knock.room else knock.plain[:knock.room - len(cut)] + cut
-        knock.result = self.ring.seal(plain, self.settings.own, knock.signer)
-
-    def reply(self, knock):
-        """One crafted segment to where the knock's last segment came from, by the same interface and link address."""
-        headers, size = knock.segment
-        payload = frame(self.settings.key, b"result" if knock.result else b"challenge", knock.result or knock.challenge)
-        if len(payload) > REPLY_MAX:
-            raise Fault(BAD_DATA, "the client's key is too large for a reply of one packet: RSA-4096 at most")
-        IP, TCP = self.scapy.IPv6 if headers[self.ip] >> 4 == 6 else self.scapy.IP, self.scapy.TCP
-        ip = IP(headers[self.ip:])
-        tcp, syn = ip[TCP], bool(ip[TCP].flags & 2)
-        seq, ack = int.from_bytes(os.urandom(4), "big") if syn else tcp.ack, (tcp.seq + syn + size) % 2**32
-        packet = IP(src=ip.dst, dst=ip.src) / TCP(sport=tcp.dport, dport=tcp.sport, flags="SA" if syn else "PA", seq=seq, ack=ack,
-                                                  window=64240, options=[("MSS", 1400)] if syn else []) / payload
-        if self.ip:
-            link = self.scapy.Ether(headers)
-            packet = self.scapy.Ether(src=link.dst, dst=link.src) / packet
-        self.sock.send(packet)
+                    knock.result.put(message[ID:])
+        os._exit(DIED)
 
 
-def drop_privileges(user):
-    """Become a user for good: no groups, no capabilities (capabilities(7)), no way back. Raises OSError."""
-    import ctypes
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    os.setgroups([])
-    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
-    for capability in range(64):
-        prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; fails harmlessly beyond the last one there is
-    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
-    prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+def check_unprivileged():
+    """Raises Fault where `start_listener` left this process more than its two sockets (proc(5))."""
     with open("/proc/self/status", encoding="ascii") as file:
         status = file.read()
-    if re.search(r"^Cap...:\s*0*[1-9a-f]", status, re.M) or not re.search(r"^NoNewPrivs:\s*1", status, re.M):
-        raise OSError(1, "privileges remain")
+    if re.search(r"(?m)^([UG]id:.*\b0\b|Groups:.*\d|Cap...:\s*0*[1-9a-f]|NoNewPrivs:\s*0)", status):
+        raise Fault(CONFIG, "server_gpg_dir has to belong to an unprivileged user and its group, "
+                            "which the listener becomes: chown -R tariq: it")
+    libc = ctypes.CDLL(None)
+    libc.prctl(4, 0)  # PR_SET_DUMPABLE: a gpg that was taken over cannot look in here
+    if number := KEYCTL.get(os.uname().machine):  # exec leaves a process the keys of root's session
+        libc.syscall(number, 1, None)  # KEYCTL_JOIN_SESSION_KEYRING: a new one
 
 
-# ---- monitor: checked requests in, firewall rules and commands out. ALL THAT FOLLOWS RUNS AS ROOT --------------------
+def cmd_listener(descriptors):
+    """What the monitor starts, with its packet socket and its end of the channel."""
+    sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
+    listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
+    try:
+        check_unprivileged()
+        import PIL.PngImagePlugin  # now, as scapy's layers, so that no knock waits for it
+        scapy_layers()
+        gpg(listener.settings["home"], "--list-secret-keys", listener.settings["own"])  # + agent
+        listener.attach_filter()
+        threading.Thread(target=listener.take_results, daemon=True).start()
+        listener.say(None)  # ready
+        listener.receive()
+    except Exception as error:  # its stderr is /dev/null: the monitor says it
+        code, text = explained(error)
+        listener.say(text)
+        os._exit(code)  # the channel closes with this process: the monitor sees the code
 
-OUTPUT_MAX = 4096  # bytes of a command's output that are kept; a packet carries fewer
-DOORS_EACH = 64  # open at a time for one user
+
+# ---- monitor: checked requests in, rules and commands out. ALL THAT FOLLOWS RUNS AS ROOT ---------
+
+RECEIVE_BUFFER = 8 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
+OUTPUT_ROOM = 1 << 20  # bytes that a command may print before it has to wait, until it is killed
 FOREVER = 2**31 - 1  # seconds since 1970: the last that iptables' time match takes
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-FAMILIES = {"iptables": "192.0.2.1", "ip6tables": "2001:db8::1"}  # program: an address of documentation for trials
+RULE = ("-A {} -s {{ip}} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {{dport}}"
+        "{} -j ACCEPT")
+TIME_MATCH = " -m time --datestop {until}"
+FAMILIES = ((("iptables", "-w", "5"), "192.0.2.1"),  # and an address to try rules with (RFC 5737,
+            (("ip6tables", "-w", "5"), "2001:db8::1"))  # RFC 3849)
+FIELD = re.compile(r"\{(ip|dport|protocol|until|seconds|user|version)\}")  # other braces are nft's
+GONE = "matching rule|No chain|does not exist"  # iptables of a rule that somebody else took out
 
 
 def run(*words, changes=True, check=True):
-    """Run a program -> (exit status, its words). Logged before it runs when it changes the machine. Raises Fault."""
+    """Run a program -> (exit status, its words). Logged before it runs where it changes the
+    machine. Raises Fault, or OSError where there is no such program."""
     if changes:
         log("+ " + shlex.join(words), 5)
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=15, text=True, errors="replace", check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Fault(SYSTEM, f"{words[0]}: {getattr(error, 'strerror', 'took more than 15 s: who holds its lock?')}") from None
+        done = subprocess.run(words, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, timeout=15, cwd="/",
+                              text=True, errors="replace", check=False)
+    except subprocess.TimeoutExpired:
+        raise Fault(SYSTEM, f"{words[0]} took more than 15 s: who holds its lock?")
     if check and done.returncode:
-        raise Fault(SYSTEM, f"{words[0]}: {(done.stderr or done.stdout).strip()}")
+        raise Fault(SYSTEM, f"{words[0]}: {done.stdout.strip()[:300] or done.returncode}")
     return done.returncode, done.stdout
 
 
-def iptables(ip, *rule, **options):
-    return run("ip6tables" if ":" in ip else "iptables", "-w", "5", *rule, **options)
-
-
 def permitted(patterns, command):
-    """Whether [allow] patterns permit a command; both are from `command_of`. Ports: each by itself. E: word by word; * is
-    any one word, at the end any number of them."""
+    """Whether patterns of `may` permit a command; both are from `command_of`. Ports: each by
+    itself. E: word by word; * is any one word, at the end any number of them."""
     if command[0] != "E":
-        allowed = {port for pattern in patterns if pattern[0] == command[0] for port in pattern[1:]}
+        allowed = {port for action, *ports in patterns if action == command[0] for port in ports}
         return "*" not in command and ("*" in allowed or allowed.issuperset(command[1:]))
     for pattern in patterns:
-        rest = pattern[-1] == "*"
-        words = command[:len(pattern) - 1] if rest else command
-        pattern = pattern[:-1] if rest else pattern
-        if len(words) == len(pattern) and all(want in ("*", word) for want, word in zip(pattern, words)):
+        words = command
+        if pattern[-1] == "*":
+            pattern, words = pattern[:-1], command[:len(pattern) - 1]
+        fits = all(want in ("*", word) for want, word in zip(pattern, words))
+        if fits and len(words) == len(pattern):
             return True
     return False
 
 
 class Monitor:
-    """Policy, doors and commands, and the listener's parent."""
+    """Policy, doors and commands, and the listener's parent. A door is the words that close it,
+    and an end."""
 
-    def __init__(self, path, scapy):
-        self.path, self.scapy, self.doors, self.running, self.channel, self.chain = path, scapy, {}, {}, None, None
-        self.load()
-        self.read_at = os.stat(self.path).st_mtime_ns  # None after SIGHUP
+    def __init__(self, config, signals):
+        self.path, self.signals, self.doors, self.commands = config.path, signals, {}, {}
+        self.chain, self.listener = config.get("iptables_chain", default="tariq"), None
+        self.opening = config.get("open_command", default=[])
+        self.closing = config.get("close_command", default=None if self.opening else [])
+        self.families = () if self.opening else FAMILIES
+        self.ends = "open_command opens, this server ends doors"
+        self.rules = {protocol: config.get(f"open_{protocol}_port", default=usual)
+                      for protocol, usual in self.usual_rules(TIME_MATCH).items()}
+        if any(rule[:2] != ["-A", self.chain] for rule in self.rules.values()):
+            raise Fault(CONFIG, f"{self.path}: open_tcp_port, open_udp_port: need -A {self.chain}, "
+                                "the iptables_chain, first")
+        self.timeout = config.get("command_timeout", default=30)
+        ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
+        self.settings = {"ports": ports, "key": shared_key(config.get("secret"), ports).hex(),
+                         "home": self.home, "own": config.get("server_key"),
+                         "patience": self.timeout}
 
-    def load(self):
-        """Read and check the config. Raises Fault, and changes nothing then."""
-        config = Config(self.path, server=True)
-        chain = config.get("iptables_chain", "server", default="tariq")
-        if chain != (self.chain or chain):
-            raise Fault(CONFIG, f"{config.path}: [server] iptables_chain: a new one takes a restart")
-        rules = {protocol: config.get(f"open_{protocol}_port", "server", default=shlex.split(
-            f"-A {chain} -s {{ip}} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {{dport}} "
-            "-m time --datestop {until} -j ACCEPT")) for protocol in ("tcp", "udp")}
-        if {rule[1] for rule in rules.values()} != {chain}:
-            raise Fault(CONFIG, f"{config.path}: [server] open_tcp_port and open_udp_port need -A {chain}: the iptables_chain")
-        ring, ports = Keyring(config.get("server_gpg_dir", "server")), config.get("secret_ports", "server")
-        own = ring.find(config.get("server_user", "server"), ring.keys("sec", "--list-secret-keys"))
-        keys, users = ring.keys("pub", "--list-keys"), {}
-        for user, patterns in config.allowed().items():
-            key = ring.find(user, keys)
-            users.setdefault(key, (" ".join(dict(keys)[key]) or key, []))[1].extend(patterns)
-        timeout = config.get("command_timeout", "server", default=30)
-        routes = self.scapy.conf.route.route("0.0.0.0")[0], self.scapy.conf.route6.route("2001:db8::")[0]
-        interface = config.get("interface", "server", default=next((name for name in routes if name not in ("lo", None)), None))
-        settings = SimpleNamespace(own=own, ports=ports, key=derive_key(config.get("secret", "server"), ports),
-                                   interface=interface, patience=timeout, home=ring.home)
-        ring.seal(b"", own, own)  # the key signs, and gpg-agent is up before the first knock
-        self.open_timeout, self.command_timeout = config.get("open_timeout", "server", default=3600), timeout
-        self.path, self.chain, self.rules, self.users, self.ring, self.settings = config.path, chain, rules, users, ring, settings
+    def usual_rules(self, match):
+        return {protocol: shlex.split(RULE.format(self.chain, match, protocol=protocol))
+                for protocol in ("tcp", "udp")}
 
-    def prepare_firewall(self):
-        """An empty chain that INPUT jumps to, the rule templates tried, and warnings where INPUT hides nothing."""
-        for program, ip in FAMILIES.items():
-            if iptables(ip, "-n", "-L", self.chain, changes=False, check=False)[0]:
-                iptables(ip, "-N", self.chain)
-            iptables(ip, "-F", self.chain)
-            if iptables(ip, "-C", "INPUT", "-j", self.chain, changes=False, check=False)[0]:
-                iptables(ip, "-I", "INPUT", "-j", self.chain)
-            for port in ("9/tcp", "9/udp"):
-                rule = self.rule(ip, port, 0)
-                iptables(ip, *rule)
-                iptables(ip, "-D", *rule[1:])
-            rules = iptables(ip, "-S", "INPUT", changes=False)[1].splitlines()
-            if rules[0] != "-P INPUT DROP" and rules[-1] != "-A INPUT -j DROP":
-                log(f"{program}: INPUT does not drop: nothing is hidden. See README, Firewall", 4)
+    def lead(self, program):
+        """Let INPUT lead to the chain: at start, and where a flush or a reload took that away."""
+        status, words = run(*program, "-C", "INPUT", "-j", self.chain, changes=False, check=False)
+        if status > 2:  # no word on the rule: who holds the lock?
+            raise Fault(SYSTEM, f"{program[0]}: {words.strip()}")
+        if status:
+            run(*program, "-N", self.chain, check=False)  # it may be there
+            run(*program, "-I", "INPUT", "-j", self.chain)
+
+    def try_rules(self, ip):
+        for port in ("9/tcp", "9/udp"):
+            run(*self.door(ip, port, 0, 1, "")[0], changes=False)
+
+    def prepare(self):
+        """An empty chain that INPUT leads to, its rules tried, warnings where nothing is hidden."""
+        for program, ip in self.families:
+            self.lead(program)
+            try:
+                self.try_rules(ip)
+            except Fault as fault:
+                if self.rules != self.usual_rules(TIME_MATCH):
+                    raise
+                log(f"{fault}: has this kernel no time match (xt_time)?", 4)
+                self.rules = self.usual_rules("")
+                self.try_rules(ip)
+            run(*program, "-F", self.chain)
+            rules = run(*program, "-S", "INPUT", changes=False)[1].splitlines()
+            if "-P INPUT DROP" not in rules and rules[-1] != "-A INPUT -j DROP":
+                log(f"{program[0]}: INPUT does not drop: nothing is hidden: see README, step 3", 4)
             if any("-j REJECT" in rule for rule in rules):
-                log(f"{program}: INPUT has a REJECT rule: it shows this host to scanners and breaks knocks. Use DROP", 4)
+                log(f"{program[0]}: INPUT has a REJECT rule, which answers scanners: use DROP", 4)
+            timed = all("{until}" in " ".join(rule) for rule in self.rules.values())
+            self.ends = f"chain {self.chain}, {'the kernel' if timed else 'this server'} ends doors"
 
-    def rule(self, ip, port, until):
-        number, protocol = port.split("/")
+    def door(self, ip, port, until, seconds, user):
+        """(words that open a door, words that close it)."""
+        (number, protocol), six = port.split("/"), ":" in ip
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(until))
-        return [word.format(ip=ip, dport=number, until=stamp) for word in self.rules[protocol]]
+        fields = {"ip": ip, "dport": number, "protocol": protocol, "until": stamp, "user": user,
+                  "seconds": str(seconds), "version": "6" if six else "4"}
+        program, rule = list(FAMILIES[six][0]), self.rules[protocol]
+        both = (self.opening, self.closing) if self.opening else (program + rule,
+                                                                  program + ["-D"] + rule[1:])
+        return [[FIELD.sub(lambda field: fields[field[1]], word) for word in words]
+                for words in both]
 
-    def open(self, ip, port, signer):
-        """One rule for one address and port, with its end; opened again, a new end. Returns the end (seconds since 1970)."""
+    def open(self, ip, port, user, seconds):
+        """One door for one address and port; opened again, a new end. Returns the end (seconds
+        since 1970). Raises Fault."""
         self.close(ip, port)
-        if sum(owner == signer for _, _, owner in self.doors.values()) >= DOORS_EACH:
-            raise Fault(SYSTEM, f"{DOORS_EACH} doors are open for this user: no more until one closes")
-        until = min(FOREVER, int(time.time()) + self.open_timeout) if self.open_timeout else FOREVER
-        rule = self.rule(ip, port, until)
-        iptables(ip, *rule)
-        self.doors[ip, port] = rule, time.monotonic() + self.open_timeout if until < FOREVER else float("inf"), signer
+        if self.families:
+            self.lead(FAMILIES[":" in ip][0])
+        until = min(FOREVER, int(time.time()) + seconds)
+        opening, closing = self.door(ip, port, until, seconds, user)
+        run(*opening)
+        self.doors[ip, port] = closing, monotonic() + seconds
         return until
 
     def close(self, ip, port):
-        """Whether the door was open; it is closed now. Raises Fault, and keeps the door in mind then."""
+        """Whether the door was open; it is closed now. Raises Fault, and keeps it in mind, where
+        its rule may still be there. A close_command runs once: a set's element may be gone."""
         if (ip, port) not in self.doors:
             return False
-        try:
-            iptables(ip, "-D", *self.doors[ip, port][0][1:])
-        except Fault as fault:
-            if "does a matching rule exist" not in str(fault):  # if it does not, somebody flushed the chain: closed is closed
-                raise
+        closing, _ = self.doors[ip, port]
+        self.doors[ip, port] = closing, monotonic() + 5
+        status, words = run(*closing, check=False)
+        if status and self.families and not re.search(GONE, words):
+            raise Fault(SYSTEM, f"{ip} {port} is not closed: {words.strip()[:300]}: trying again")
         del self.doors[ip, port]
         return True
 
     def close_expired(self):
-        """Take out rules that the kernel has closed already, unless the wall clock was put back: monotonic time decides."""
-        for (ip, port), (_, end, _) in list(self.doors.items()):
-            if time.monotonic() > end + 1:
-                try:
-                    self.close(ip, port)
-                except Fault as fault:
-                    log(f"{ip} {port}: not closed: {fault}: trying again every second", 3)
-
-    def close_all(self):
-        """At the end, whatever it is: no door, and no command."""
-        for ip in FAMILIES.values():
+        for door in [door for door, (_, end) in self.doors.items() if end <= monotonic()]:
             try:
-                iptables(ip, "-F", self.chain)
-            except Fault as fault:
-                log(f"chain {self.chain} is not flushed: {fault}: its doors close at their own time", 3)
-        for process in filter(None, list(self.running.values())):  # nobody would keep its time any more
-            with suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
+                self.close(*door)
+            except (Fault, OSError) as error:
+                log(error, 3)
 
-    def handle(self, message):
-        """One message of the listener, of which nothing is believed: who may do what is looked up here."""
-        try:
-            request = json.loads(message)
-            knock_id, ip = bytes.fromhex(request["id"]), str(ipaddress.ip_address(str(request["ip"])))
-            signer, command = parse("server_key", request["signer"]), command_of(request["command"])
-            if len(knock_id) != ID or "%" in ip:
-                raise ValueError
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return log("a malformed message from the listener: is it still itself?", 3)
-        if signer not in self.users:
-            self.reload()  # somebody may have been enrolled
-        user, patterns = self.users.get(signer, (signer, []))
-        event = f"{user} {ip} {shlex.join(command)}"
-        if not permitted(patterns, command):
-            self.finish(knock_id, event, False, REFUSED, f"refused: {shlex.join(command)}: not allowed to {user}")
-        elif command[0] == "E" and signer in self.running:
-            self.finish(knock_id, event, False, REFUSED, "refused: the last command is still running")
-        elif command[0] == "E":
-            self.running[signer] = None
-            threading.Thread(target=self.execute, args=(knock_id, event, signer, command[1:]), daemon=True).start()
-        else:
-            try:
-                self.finish(knock_id, event, True, 0, self.move_doors(command[0], ip, command[1:], signer))
-            except Fault as fault:
-                self.finish(knock_id, event, False, SYSTEM, str(fault))
-
-    def move_doors(self, action, ip, ports, signer):
-        names = ", ".join(f"{protocol}/{number}" for number, protocol in (port.split("/") for port in ports))
-        if action == "C":
-            closed = [port for port in ports if self.close(ip, port)]
-            return f"closed {names} on {{host}} for {ip}" + ("" if len(closed) == len(ports) else
-                                                            f" ({', '.join(sorted(set(ports) - set(closed)))} was not open)")
-        until = max(self.open(ip, port, signer) for port in ports)
-        end = time.strftime("%H:%M:%SZ" if self.open_timeout < 86400 else "%Y-%m-%d %H:%M:%SZ", time.gmtime(until))
-        return f"opened {names} on {{host}} for {ip} until " + ("closed" if until == FOREVER else end)
-
-    def execute(self, knock_id, event, signer, words):
-        """Run a permitted command without a shell, for command_timeout seconds, keeping OUTPUT_MAX bytes of its output."""
-        log("+ " + shlex.join(words), 5)
-        output, end = bytearray(), time.monotonic() + self.command_timeout
-        try:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/",
-                                       start_new_session=True, env={"PATH": SAFE_PATH, "LC_ALL": "C.UTF-8"})
-            self.running[signer] = process
-            while process.poll() is None and time.monotonic() < end:
-                if select.select([process.stdout], [], [], 0.02)[0]:
-                    data = os.read(process.stdout.fileno(), 65536)
-                    output += data[:OUTPUT_MAX - len(output)]
-                    time.sleep(0 if data else 0.02)
-            if (status := process.returncode) is None:
+    def stop(self):
+        """At the end, whatever it is: no listener, no command, no door."""
+        for process in [self.listener, *(process for process, _, _ in self.commands.values())]:
+            with suppress(OSError, AttributeError):  # each has a session of its own
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                status = 124  # as timeout(1) has it
-            # The rest, without waiting: a daemon that the command started may hold the pipe.
-            while len(output) < OUTPUT_MAX and select.select([process.stdout], [], [], 0)[0] and (
-                    data := os.read(process.stdout.fileno(), OUTPUT_MAX - len(output))):
-                output += data
-            process.stdout.close()
-        except (OSError, ValueError) as error:
-            status, output = 127, f"{words[0]}: {getattr(error, 'strerror', error)}\n".encode()
-        del self.running[signer]
-        status = status if status >= 0 else 128 - status  # a signal's number, as a shell has it
-        self.finish(knock_id, event, True, status, f"exit status {status}", bytes(output))
+        closing = [words for words, _ in self.doors.values()] if self.opening else []
+        for words in (*closing, *([*program, "-F", self.chain] for program, _ in self.families)):
+            try:
+                run(*words)
+            except (Fault, OSError) as error:
+                log(f"{error}: doors may be open until their time", 3)
+
+    def handle(self, data):
+        """A message of the listener, of which nothing is believed: who may do what is looked up."""
+        try:
+            message = json.loads(data)
+            if message is None:
+                count = len(self.settings["ports"])
+                return log(f"listening for knocks on {count} ports, {self.ends}")
+            if isinstance(message, str):
+                return log(f"listener: {message[:1000]}", 4)
+            knock_id, signer, command, ip = message
+            knock_id, ip = bytes.fromhex(knock_id), str(ipaddress.ip_address(str(ip)))
+            signer, command = parse("key", signer), command_of(command)
+            if len(knock_id) != ID or "%" in ip:
+                raise ValueError
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return log("a malformed message from the listener: is it still itself?", 3)
+        user, request = signer, shlex.join(command)
+        try:
+            config = Config(self.path, root=True)  # afresh: an edit holds from the next knock on
+            section = config.clients().get(signer, "")
+            user = section[len("allow "):] or signer
+            if not section or not permitted(config.get("may", [section], []), command):
+                done, status, verdict = False, REFUSED, f"refused: {request}: not allowed to {user}"
+            elif command[0] == "E":
+                return self.execute(knock_id, f"{user} {ip} {request}", user, command[1:])
+            else:
+                seconds = config.get("open_timeout", [section, "server"], 3600) or 10**9  # no end
+                done, status, verdict = True, 0, self.move_doors(command, ip, user, seconds)
+        except (Fault, OSError) as error:
+            done, status, verdict = False, SYSTEM, explained(error)[1]
+        self.finish(knock_id, f"{user} {ip} {request}", done, status, verdict)
+
+    def move_doors(self, command, ip, user, seconds):
+        action, *ports = command
+        names = ", ".join("/".join(port.split("/")[::-1]) for port in ports)
+        if action == "C":
+            missing = ", ".join(port for port in ports if not self.close(ip, port))
+            return f"closed {names} for {ip}" + (f" ({missing} was not open)" if missing else "")
+        until = max(self.open(ip, port, user, seconds) for port in ports)
+        stamp = "closed" if until == FOREVER else "%H:%M:%SZ"
+        stamp = time.strftime("%Y-%m-%d " * (86400 <= seconds < 10**9) + stamp, time.gmtime(until))
+        return f"opened {names} for {ip} until {stamp}"
+
+    def execute(self, knock_id, event, user, words):
+        """Start a permitted command without a shell. At its time limit timeout(1) kills it and its
+        children, also when this server is gone; what made a session of its own may stay."""
+        if user in self.commands:
+            verdict = "refused: your last command still runs"
+            return self.finish(knock_id, event, False, REFUSED, verdict)
+        log("+ " + shlex.join(words), 5)
+        process = Popen(["timeout", "-s", "KILL", str(self.timeout), *words], stdin=DEVNULL,
+                        stdout=PIPE, stderr=STDOUT, cwd="/", start_new_session=True)
+        fcntl.fcntl(process.stdout, 1031, OUTPUT_ROOM)  # F_SETPIPE_SZ: it is read at the end only
+        os.set_blocking(process.stdout.fileno(), False)  # a daemon it leaves may hold the pipe open
+        self.commands[user] = process, knock_id, event
+
+    def finish_commands(self):
+        for user, (process, knock_id, event) in list(self.commands.items()):
+            if (status := process.poll()) is not None:
+                del self.commands[user]
+                with process.stdout as pipe:
+                    output, cut = pipe.read(TEXT_MAX + 1) or b"", b"\n[cut to one packet]\n"
+                if len(output) > TEXT_MAX:
+                    output = output[:TEXT_MAX - len(cut)] + cut
+                status = status if status >= 0 else 128 - status  # a signal's number, as in a shell
+                self.finish(knock_id, event, True, status, f"exit status {status}", output)
 
     def finish(self, knock_id, event, done, status, verdict, output=None):
-        """Log one event - who, from where, what, verdict - and give the listener the result: id, done, status, text."""
-        log(f"{event}: {verdict.replace(' on {host}', '')}", 6 if done else 4)
-        text = verdict.encode() if output is None else output
-        with suppress(OSError, AttributeError):  # a listener that is gone or does not read: its client will hear nothing
+        """Log one event (who, from where, what, verdict), and give the listener the result."""
+        log(f"{event}: {verdict}", 6 if done else 4)
+        text = verdict.encode()[:TEXT_MAX] if output is None else output
+        with suppress(OSError):  # a listener that does not read must not stop the monitor
             self.channel.send(knock_id + bytes([done, status]) + text, socket.MSG_DONTWAIT)
 
     def start_listener(self):
-        """Fork the listener, with the packet socket opened for it and nothing else of root's. Raises OSError."""
-        ports = " or ".join(f"tcp dst port {port}" for port in self.settings.ports)
-        sock, link_header = packet_socket(self.scapy, self.settings.interface, f"({ports}) and greater 80 and less 1500")
-        sock.ins.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BUFFER)  # SO_RCVBUFFORCE
-        sock.ins.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER: whoever takes the listener over sees no more than it
-        ours, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        said, words = os.pipe()  # its stderr: it has neither the monitor's log nor its terminal in hand
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setsid()
-                os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-                os.dup2(0, 1)
-                os.dup2(words, 2)
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)  # the monitor ends it
-                for descriptor in map(int, os.listdir("/proc/self/fd")):
-                    if descriptor > 2 and descriptor not in (sock.ins.fileno(), channel.fileno()):
-                        with suppress(OSError):  # the one that listed the directory is closed already
-                            os.close(descriptor)
-                if self.ring.run_as:
-                    drop_privileges(self.ring.owner)
-                    self.ring.run_as = {}
-                Listener(self.settings, self.ring, self.scapy, sock, link_header, channel).run()
-            except BaseException as error:
-                log(f"{type(error).__name__}: {error}", 3)
-            finally:
-                os._exit(DIED)
-        channel.close()
-        sock.close()
-        os.close(words)
-        os.set_blocking(said, False)
-        self.channel, self.words, self.pid = ours, said, pid
-
-    def stop_listener(self):
-        if self.channel:
-            self.channel.close()
-            os.kill(self.pid, signal.SIGKILL)  # it may be beyond reading that the channel is closed
-            os.waitpid(self.pid, 0)
-            self.relay_words()
-            os.close(self.words)
-            self.channel = None
-
-    def relay_words(self):
-        """Log what the listener said, as its own words: <priority>line. False when it has closed its end."""
-        words = b"\n"
-        with suppress(BlockingIOError):
-            words = os.read(self.words, 65536)
-        for line in filter(None, words.decode(errors="replace").split("\n")):
-            priority, text = (int(line[1]), line[3:]) if re.match("<[3-6]>", line) else (3, line)
-            log(f"listener: {text}", priority)
-        return bool(words)
-
-    def reload(self):
-        """Read the config again if it has changed, or if SIGHUP asks for it."""
-        try:
-            changed_at = os.stat(self.path).st_mtime_ns
-            if self.read_at != changed_at:
-                self.read_at = changed_at
-                self.load()
-                log(f"{self.path}: read again, {len(self.users)} users")
-        except (Fault, OSError) as fault:
-            log(f"{fault}: the old config stays in force", 3)
+        """The listener: this file on stdin, two sockets, a user's ids, and nothing of root's."""
+        packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
+        packets.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BUFFER)  # SO_RCVBUFFORCE
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        owner, descriptors = os.stat(self.home), (packets.fileno(), theirs.fileno())
+        with packets, theirs, open(__file__, "rb") as code:
+            self.listener = Popen(
+                ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups",
+                 "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs",
+                 sys.executable, "-I", "-", "listener", *map(str, descriptors)],
+                stdin=code, stdout=DEVNULL, stderr=DEVNULL, pass_fds=descriptors, env={}, cwd="/",
+                start_new_session=True)
+        self.channel.send(json.dumps(self.settings).encode())
 
     def serve(self):
-        """Until a signal ends it: the listener's messages, expired doors, and an interface that comes and goes."""
-        listening = complaint = None
+        """Until a signal ends it. It sleeps until there is a message, a signal, or a door's end."""
         while True:
-            try:
-                wanted = socket.if_nametoindex(self.settings.interface), vars(self.settings)
-                if wanted != listening:
-                    self.stop_listener()
-                    self.start_listener()
-                    listening, complaint = wanted, None
-                    log(f"listening on {self.settings.interface} for knocks on {len(self.settings.ports)} ports, {len(self.users)} "
-                        f"users, chain {self.chain}, listener runs as {self.ring.owner.pw_name}")
-            except PermissionError:
-                raise Fault(SYSTEM, "packet sockets need CAP_NET_RAW and CAP_NET_ADMIN") from None
-            except OSError as error:
-                if str(error) != complaint:
-                    log(f"{self.settings.interface}: {error.strerror or error}: waiting for the interface", 4)
-                listening, complaint = None, str(error)
-            if self.channel is None:
-                time.sleep(1)
-            else:
-                ready, message = select.select([self.channel, self.words], [], [], 1)[0], b""
-                alive = self.words not in ready or self.relay_words()
-                with suppress(ConnectionError):
-                    message = self.channel.recv(MESSAGE_MAX) if self.channel in ready else None
-                if not alive or message == b"":
-                    raise Fault(DIED, "the listener died: every door is closed")
-                if message:
-                    self.handle(message)
-            if self.read_at is None:
-                self.reload()
+            ends = [end - monotonic() for _, end in self.doors.values()]
+            wait = max(0, min(ends)) if ends else None
+            ready = select.select([self.channel, self.signals], [], [], wait)[0]
+            if self.signals in ready and set(os.read(self.signals, 4096)) != {signal.SIGCHLD}:
+                return
+            self.finish_commands()
             self.close_expired()
+            if self.channel in ready:
+                message = b""
+                with suppress(ConnectionError):
+                    message = self.channel.recv(MESSAGE_MAX)
+                if not message:
+                    self.listener.kill()  # it may have closed its end only
+                    code = self.listener.wait()
+                    raise Fault(code if code in (BAD_DATA, MISSING, CONFIG) else DIED,
+                                "the listener died: every door is closed (at its start: setpriv "
+                                "needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP, and the keyring's "
+                                f"owner has to reach {sys.executable})")
+                self.handle(message)
 
 
 def need_root():
     if os.geteuid():
         raise Fault(SYSTEM, "this needs root: sudo")
-    os.environ["PATH"] = SAFE_PATH
+    os.environ.clear()  # no program that root starts gets the caller's environment
+    os.environ.update(PATH=SAFE_PATH, LC_ALL="C.UTF-8")
+
+
+def lock(path, flags=os.O_RDONLY, wait=True):
+    """Lock a file or directory until this process ends, however it does. Raises OSError."""
+    fcntl.flock(os.open(path, flags, 0o600), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def cmd_server(options):
-    """Serve until SIGTERM or SIGINT; the chain is empty before and after. SIGHUP reads the config again."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; the chain is empty before and after."""
     need_root()
-    signal.signal(signal.SIGHUP, lambda *_: None)  # one that comes before the server is ready must not end it
-    import PIL.PngImagePlugin  # before the fork: no knock waits for it
-    monitor = Monitor(options.config, load_scapy())
-    if not monitor.ring.run_as:
-        log(f"the listener will run as root; to change that: useradd --system tariq; chown -R tariq: {monitor.ring.home}; "
-            f"gpgconf --homedir {monitor.ring.home} --kill all", 4)
-    path = f"/run/tariq-{monitor.chain}-{os.stat('/proc/self/ns/net').st_ino}.lock"  # a chain is one of a network namespace
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)  # held until this process ends, however it does
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
+    monitor = Monitor(Config(options.config, root=True), signals)
+    namespace = os.stat("/proc/self/ns/net").st_ino  # a chain belongs to a network namespace
+    path = f"/run/tariq-{monitor.chain}-{namespace}.lock"
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Fault(SYSTEM, f"a server with the chain {monitor.chain} runs already: {path} is locked") from None
-    stopping = []
-
-    def stop(*_):  # raises once: a second signal must not break off the flush
-        stopping.append(True)
-        if len(stopping) == 1:
-            sys.exit(0)
-
-    signal.signal(signal.SIGHUP, lambda *_: setattr(monitor, "read_at", None))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, wait=False)
+    except BlockingIOError:
+        raise Fault(SYSTEM, f"a server with the chain {monitor.chain} runs already: stop it, or "
+                            "give this one another iptables_chain")
     try:
-        monitor.prepare_firewall()
+        monitor.prepare()
+        monitor.start_listener()
         monitor.serve()
     finally:
-        stopping.append(True)
-        monitor.close_all()
-        monitor.stop_listener()
+        monitor.stop()
 
 
-# ---- set-up: once, by hand; says on stderr what it did, file by file -------------------------------------------------
+# ---- set-up: once, by hand; says on stderr what it did, file by file -----------------------------
 
 def write_private(path, text):
-    """Write a file of mode 0600, whole or not at all."""
+    """Write a file of mode 0600, whole or not at all: the server may read it at any moment."""
+    import tempfile
     path = os.path.realpath(path)
-    with suppress(FileNotFoundError):
-        os.unlink(path + ".new")
-    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    with tempfile.NamedTemporaryFile("wb", dir=os.path.dirname(path), delete=False) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    os.replace(file.name, path)
     log(f"wrote {path}")
 
 
-def make_directory(path, mode):
-    if not os.path.isdir(path):
-        os.makedirs(path, mode)
-        log(f"made {path}")
+def make_key(home, user):
+    """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
+    _, words = gpg(home, "--pinentry-mode", "loopback", "--passphrase", "", "--quick-generate-key",
+                   user, "future-default", "default", "never")
+    log(f"made a key for {user} in {home}")
+    return re.search(r"KEY_CREATED \S+ (\w{40})", words)[1]
 
 
-def make_key(ring, user):
-    """The fingerprint of the user's key, made (Ed25519 and Curve25519, no passphrase) where there is none."""
-    if not any(named(user, key, names) for key, names in ring.keys("sec", "--list-secret-keys")):
-        ring.gpg("--pinentry-mode", "loopback", "--passphrase", "", "--quick-generate-key", user, "future-default", "default", "never")
-        log(f"made a key for {user} in {ring.home}")
-    return ring.find(user, ring.keys("sec", "--list-secret-keys"))
-
-
-def show_key(ring, text):
-    """(fingerprint, user ids) of the one public key in a text; nothing is imported. Raises Fault."""
-    shown = ring.keys("pub", "--show-keys", data=text)
-    if len(shown) != 1 or ring.keys("sec", "--show-keys", data=text):
-        raise Fault(BAD_DATA, "needs one public key on stdin: tariq.py keygen, or gpg --armor --export, prints it")
-    return shown[0]
-
-
-def import_key(ring, text, key, names):
-    ring.gpg("--import", data=text)
-    log(f"imported {key} {' '.join(names)} into {ring.home}")
-
-
-def lock_directory(path):
-    """One set-up command at a time on the config of this path, until the process ends: two would lose one's changes."""
-    fcntl.flock(os.open(os.path.dirname(path), os.O_RDONLY), fcntl.LOCK_EX)
+def show_key(home, text):
+    """(fingerprint, user id) of the one public key in a text; nothing is imported. Raises Fault."""
+    listing = b""
+    with suppress(Fault):  # gpg's words on what is no key say less
+        listing, _ = gpg(home, "--with-colons", "--show-keys", data=text)
+    fields = [line.split(":") for line in listing.decode(errors="replace").splitlines()]
+    kinds = [field[0] for field in fields]
+    if kinds.count("pub") != 1 or "sec" in kinds or "uid" not in kinds:
+        raise Fault(BAD_DATA, "needs one public key on stdin, which tariq.py keygen prints")
+    return fields[kinds.index("fpr")][9], fields[kinds.index("uid")][9]  # of the primary key
 
 
 def cmd_init(options):
-    """Make a server's config, user, keyring and key; what is there already stays as it is."""
+    """Make a server's user, keyring, key and config. A config that is there stays as it is."""
     need_root()
-    import random
-    path = os.path.abspath(options.config or os.path.join(options.directory, "tariq.conf"))
+    import pwd
+    path = os.path.abspath(options.config or ROOT_CONFIG)
     home = os.path.join(os.path.dirname(path), ".server-gpg")
-    try:
-        owner = pwd.getpwnam("tariq")
-    except KeyError:
-        run("useradd", "--system", "--home-dir", home, "--no-create-home", "--shell", "/usr/sbin/nologin", "tariq")
-        owner = pwd.getpwnam("tariq")
-    make_directory(os.path.dirname(path), 0o711)  # to be passed through, not to be listed or locked by others
-    lock_directory(path)
-    if not os.path.exists(path):
-        ports = ",".join(str(port) for port in random.SystemRandom().sample(range(1024, 32768), 5))
-        secret = binascii.b2a_base64(os.urandom(32)).decode()
-        write_private(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}server_gpg_dir = {home}\n"
-                            f"server_user = tariq@{socket.gethostname()}\n\n[allow]\n")
-    config = Config(path, server=True)
-    home = config.get("server_gpg_dir", "server")
-    if not os.path.isdir(home):
-        make_directory(home, 0o700)
-        os.chown(home, owner.pw_uid, owner.pw_gid)
-    log(f"the server's key is {make_key(Keyring(home), config.get('server_user', 'server'))}; settings are in {path}")
+    if os.path.exists(path):
+        return log(f"{path} is there already: nothing changed")
+    with suppress(KeyError):
+        if not 0 < pwd.getpwnam("tariq").pw_uid < 1000:
+            raise Fault(SYSTEM, "the account tariq is a person's: it must not own the server's "
+                                "key: see README, By hand")
+    run("useradd", "--system", "--home-dir", home, "--no-create-home", "--shell",
+        "/usr/sbin/nologin", "tariq", check=False)
+    owner = pwd.getpwnam("tariq")
+    os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)  # to be passed through, not listed
+    lock(os.path.dirname(path))
+    os.makedirs(home, 0o700, exist_ok=True)
+    os.chown(home, owner.pw_uid, owner.pw_gid)
+    key = make_key(home, f"tariq@{socket.gethostname()}")
+    ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
+    secret = base64.b64encode(os.urandom(32)).decode()
+    write_private(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
+                        f"server_gpg_dir = {home}\nserver_key = {key}\n")
 
 
 def cmd_keygen(options):
     """Make a client's config, keyring and key where missing; print the public key."""
     path = os.path.abspath(options.config or os.path.expanduser(CLIENT_CONFIG))
-    make_directory(os.path.dirname(path), 0o700)
-    lock_directory(path)
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    lock(os.path.dirname(path))
     if not os.path.exists(path):
-        write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {os.path.dirname(path)}/gpg\n")
-    config = Config(path)
-    if config.get("user", "client", default=options.user) != options.user:
-        log(f"{path}: [client] user is another one: change it, or knock with -u {options.user}", 4)
-    home = os.path.expanduser(config.get("client_gpg_dir", "client", default=CLIENT_RING))
-    make_directory(home, 0o700)
-    ring = Keyring(home)
-    os.write(1, ring.gpg("--armor", "--export", make_key(ring, options.user))[0])
+        home = os.path.join(os.path.dirname(path), "gpg")
+        write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {home}\n")
+    home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"], CLIENT_RING))
+    os.makedirs(home, 0o700, exist_ok=True)
+    export = ("--armor", "--export", exactly(options.user))
+    if not gpg(home, *export)[0]:
+        make_key(home, options.user)
+    os.write(1, gpg(home, *export)[0])
 
 
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
     try:
-        lines = [shlex.join(command_of(shlex.split(line))) for line in map(" ".join, options.allow or [["O 22"]])]
+        allow = map(" ".join, options.allow or [["O 22"]])
+        lines = [shlex.join(command_of(shlex.split(line))) for line in allow]
         if any(re.search(r"\s#", line) for line in lines):
             raise ValueError("may hold no word that begins with #: in a config that is a comment")
     except ValueError as error:
-        raise Fault(USAGE, f"--allow {error}") from None
-    path, text = Config(options.config, server=True).path, sys.stdin.buffer.read(GPG_INPUT)
-    lock_directory(path)  # after stdin, which may come from a keygen that waits for the same lock
-    config = Config(path, server=True)
-    ports, secret = config.get("secret_ports", "server"), binascii.b2a_base64(config.get("secret", "server")).decode().strip()
-    ring = Keyring(config.get("server_gpg_dir", "server"))
-    own = ring.find(config.get("server_user", "server"), ring.keys("sec", "--list-secret-keys"))
-    key, names = show_key(ring, text)
-    before = dict(ring.keys("pub", "--list-keys")).get(key, [])
-    claimed = [user for user in [*config.allowed(), config.get("server_user", "server")] if named(user, key, names)]
-    if any(key != user.upper() and not named(user, "", before) for user in claimed):
-        raise Fault(BAD_DATA, f"{key} {' '.join(names)} has the name of another user in {config.path}: it needs one of its own")
-    import_key(ring, text, key, names)
-    if claimed:
-        log(f"{config.path}: {key} is in [allow] already: nothing changed")
+        raise Fault(USAGE, f"--allow {error}")
+    text = sys.stdin.buffer.read(GPG_MAX)  # before the lock: keygen at its other end may hold it
+    path = Config(options.config, root=True).path
+    lock(os.path.dirname(path))
+    config = Config(path, root=True)
+    home, own = config.get("server_gpg_dir"), config.get("server_key")
+    (key, user), clients = show_key(home, text), config.clients()
+    name = options.name or re.sub(r".*<(.+)>$", r"\1", user)
+    if key in clients:
+        log(f"{path}: {key} is in [{clients[key]}] already: nothing changed")
+    elif not re.fullmatch(r"\w[^][#]*", name) or not name.isprintable() \
+            or config.ini.has_section(f"allow {name}"):
+        raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: give --name")
     else:
-        text = config.text if config.ini.has_section("allow") else config.text + "\n[allow]"
-        end = re.search(r"^\[allow\].*", text, re.MULTILINE).end()
-        entry = f"\n{key} =  # {printable(' '.join(names))}" + "".join(f"\n    {line}" for line in lines)
-        write_private(config.path, text[:end] + entry + (text[end:] or "\n"))
-        log(f"{config.path}: {key} may {'; '.join(lines)}")
-    profile = (f"# A profile for tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
-               f"secret_ports = {','.join(map(str, ports))}\nsecret = {secret}\nserver_key = {own}\n")
-    os.write(1, profile.encode() + ring.gpg("--armor", "--export", own)[0])
+        gpg(home, "--import", data=text)
+        may = "".join(f"\n    {line}" for line in lines)
+        section = f"[allow {name}]\nkey = {key}\nmay ={may}\n"
+        write_private(path, f"{config.text.rstrip()}\n\n{section}")
+        log(f"{name} ({key}) may {'; '.join(lines)}")
+    ports, secret = config.get("secret_ports"), base64.b64encode(config.get("secret")).decode()
+    profile = (f"# For tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
+               f"secret_ports = {','.join(map(str, ports))}\nsecret = {secret}\n"
+               f"server_key = {own}\n")
+    os.write(1, profile.encode() + gpg(home, "--armor", "--export", own)[0])
 
 
 def cmd_join(options):
     """Take the server's profile on stdin into the client's keyring and config."""
-    text, begin, key = sys.stdin.buffer.read(GPG_INPUT).decode(errors="replace").partition("-----BEGIN PGP PUBLIC KEY BLOCK-----")
+    text, begin, key = sys.stdin.buffer.read(GPG_MAX).partition(b"-----BEGIN PGP PUBLIC")
     profile = configparser.ConfigParser(interpolation=None, delimiters="=")
     try:
-        profile.read_string(text)
-        given = dict(profile["profile"])
-        _, _, server = (parse(name, given[name]) for name in ("secret_ports", "secret", "server_key"))
+        profile.read_string(text.decode())
+        names = ("secret_ports", "secret", "server_key")
+        given = {name: profile["profile"][name] for name in names}
+        for name, value in given.items():
+            parse(name, value)
     except (configparser.Error, KeyError, ValueError):
-        raise Fault(BAD_DATA, "no profile on stdin: tariq.py enroll prints it; did ssh or enroll fail?") from None
-    lock_directory(Config(options.config).path)
-    config = Config(options.config)
-    ring = Keyring(config.get("client_gpg_dir", "client", default=CLIENT_RING))
-    found, names = show_key(ring, (begin + key).encode())
-    if found != server:
-        raise Fault(BAD_DATA, "the profile's key is not its server_key")
-    import_key(ring, (begin + key).encode(), found, names)
-    settings = "".join(f"{name} = {given[name]}\n" for name in ("secret_ports", "secret", "server_key"))
+        raise Fault(BAD_DATA, "no profile on stdin, which tariq.py enroll prints: did that fail?")
+    path = Config(options.config).path
+    lock(os.path.dirname(path))
+    config = Config(path)
+    home = config.get("client_gpg_dir", ["client"], CLIENT_RING)
+    if show_key(home, begin + key)[0] != given["server_key"]:
+        raise Fault(BAD_DATA, "the profile's key is not its server_key: enroll again")
     if not config.ini.has_section(options.host):
-        write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
-    elif any(config.ini[options.host].get(name) != given[name] for name in given):
-        raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: take it out first, then join again")
-    log(f"{config.path}: [{options.host}] is known by its key {server}")
+        settings = "".join(f"{name} = {value}\n" for name, value in given.items())
+        write_private(path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
+    elif not given.items() <= dict(config.ini[options.host]).items():
+        raise Fault(BAD_DATA, f"{path}: [{options.host}] has other values: take it out, then join")
+    gpg(home, "--import", data=begin + key)
+    log(f"{path}: [{options.host}] is known by its key {given['server_key']}")
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Fault(USAGE, f"{printable(message)} (tariq.py --help)")
+        raise Fault(USAGE, f"{message} (tariq.py --help)")
 
 
 def command_line():
     """The parser; each subcommand's function is its `function`."""
     style = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(prog="tariq.py", description="Port knocking with hidden, signed, encrypted requests.", **style)
-    parser.add_argument("--version", action="version", version=f"Tariq {VERSION}")
+    parser = Parser(prog="tariq.py", description=__doc__.split("\n\n")[0], **style)
+    parser.add_argument("--version", action="version", version="Tariq 2.0")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, function, text):
+    def command(function, usual, text):
+        name = function.__name__[len("cmd_"):]
         sub = commands.add_parser(name, help=text, description=text, **style)
         sub.set_defaults(function=function)
-        sub.add_argument("-c", dest="config", metavar="CONF", help="config (~/.config/tariq/tariq.conf, /etc/tariq/tariq.conf)")
-        return sub
+        sub.add_argument("-c", dest="config", metavar="CONF", help=f"config ({usual})")
+        return sub.add_argument
 
-    command("server", cmd_server, "listen for knocks (root)")
-    knock = command("knock", cmd_knock, "knock at a server: open or close ports, run a command")
-    for flags, name, text in (("-u", "user", "whose key signs"), ("-p", "ports", "the secret_ports"),
-                              ("-i", "img_dir", "PNG images to hide in"), ("-g", "gpg_dir", "keyring")):
-        knock.add_argument(flags, dest=name, metavar=name.upper(), help=text)
-    family = knock.add_mutually_exclusive_group()
-    family.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 only")
-    family.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 only")
-    knock.add_argument("-t", dest="timeout", metavar="SECONDS", default="10", help="how long to try (10)")
-    knock.add_argument("--transport", choices=("kernel", "crafted"), help="default: crafted with CAP_NET_RAW, else kernel")
-    knock.add_argument("-v", dest="verbose", action="store_true", help="show each step and its time")
-    knock.add_argument("host", metavar="HOST")
-    knock.add_argument("action", choices="OCE", help="O PORT[/tcp|/udp]..., C PORT..., or E COMMAND [ARG...]")
-    knock.add_argument("words", nargs=argparse.REMAINDER, metavar="...")
-    init = command("init", cmd_init, "server, once: config, system user, keyring, key (root)")
-    init.add_argument("-d", dest="directory", metavar="DIR", default="/etc/tariq", help="where (/etc/tariq)")
-    keygen = command("keygen", cmd_keygen, "client: make keyring and key, print the public key")
-    keygen.add_argument("user", metavar="USER", help="an email address or the like: me@laptop")
-    enroll = command("enroll", cmd_enroll, "server: allow the client whose public key is on stdin, print its profile (root)")
-    enroll.add_argument("--allow", action="append", nargs="+", metavar="WORD", help="what it may do, as in [allow] ('O 22')")
-    command("join", cmd_join, "client: take the profile on stdin").add_argument("host", metavar="HOST")
+    command(cmd_server, ROOT_CONFIG, "listen for knocks (root)")
+    command(cmd_init, ROOT_CONFIG, "server, once: config, system user, keyring, key (root)")
+    add = command(cmd_knock, CLIENT_CONFIG, "knock at a server: open or close ports, run a command")
+    add("-u", dest="user", metavar="USER", help="whose key signs")
+    add("-p", dest="ports", metavar="PORTS", help="the secret_ports")
+    add("-i", dest="img_dir", metavar="IMG_DIR", help="PNG images to hide requests in")
+    add("-g", dest="gpg_dir", metavar="GPG_DIR", help="keyring")
+    for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
+        add(flag, dest="family", action="store_const", const=family, default=0, help="no other IP")
+    add("-t", dest="timeout", metavar="SECONDS", default="10", help="how long to try (10)")
+    add("--transport", choices=("kernel", "udp", "crafted"), help="default: kernel and udp in turn")
+    add("-v", dest="verbose", action="store_true", help="show each step and its time")
+    add("host", metavar="HOST")
+    add("action", choices="OCE", help="O PORT[/tcp|/udp]..., C PORT..., or E COMMAND [ARG...]")
+    add("words", nargs=argparse.REMAINDER, metavar="...")
+    add = command(cmd_keygen, CLIENT_CONFIG, "client: make keyring and key, print the public key")
+    add("user", metavar="USER", help="an email address or the like: me@laptop")
+    add = command(cmd_enroll, ROOT_CONFIG, "server: public key on stdin, profile on stdout (root)")
+    add("--allow", action="append", nargs="+", metavar="WORD",
+        help="what it may do, as in `may` (O 22)")
+    add("--name", metavar="NAME", help="what the log calls it (the key's email)")
+    add = command(cmd_join, CLIENT_CONFIG, "client: take the profile on stdin")
+    add("host", metavar="HOST")
     return parser
+
+
+def explained(error):
+    """(exit code, the line) of what `main`, the listener and the monitor catch."""
+    if isinstance(error, Fault):
+        return error.code, str(error)
+    if isinstance(error, ImportError):
+        return MISSING, f"{error}: apt-get install python3-scapy python3-pil libpcap0.8"
+    if isinstance(error, FileNotFoundError):
+        return MISSING, f"{error.filename} is not there: apt-get install gnupg iptables util-linux"
+    if isinstance(error, UnicodeError):
+        return USAGE, "arguments and input must be UTF-8 text"
+    name = getattr(error, "filename", None) or type(error).__name__
+    return SYSTEM, f"{name}: {getattr(error, 'strerror', error)}"
 
 
 def main():
     os.umask(0o022)
     try:
+        if sys.argv[1:2] == ["listener"]:  # not for people: `start_listener` runs it
+            return cmd_listener(sys.argv[2:])
         options = command_line().parse_args()
         return options.function(options)  # an exit code; None is 0
-    except Fault as fault:
-        code, text = fault.code, str(fault)
-    except ImportError as error:
-        code, text = MISSING, f"{error}: apt-get install python3-scapy python3-pil libpcap0.8"
-    except FileNotFoundError as error:
-        code, text = MISSING, f"{error.filename} is not there: apt-get install gnupg iptables"
-    except OSError as error:
-        code, text = SYSTEM, f"{error.filename or 'the system'}: {error.strerror}"
-    except UnicodeError:
-        code, text = USAGE, "arguments and input must be UTF-8 text"
     except KeyboardInterrupt:
-        code, text = 130, "interrupted"
-    print(f"tariq: {printable(text)}", file=sys.stderr)
-    return code
+        return 130
+    except (Fault, ImportError, OSError, UnicodeError) as error:
+        code, text = explained(error)
+        print(f"tariq: {printable(text)}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

@@ -10,12 +10,17 @@ Everything runs in namespaces named tq-PID-..., on documentation addresses, and 
 """
 import atexit
 import base64
+import bz2
+import calendar
 import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import fcntl
+import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import os
@@ -33,8 +38,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,8 +190,7 @@ class Lab:
 def make_server(lab, host, directory="server", **settings):
     """A server set up by `init`, with settings changed; returns the config's path."""
     path = lab.dir / directory / "tariq.conf"
-    lab.tariq(host, "init", "-d", path.parent)
-    settings.setdefault("interface", "eth0")
+    lab.tariq(host, "init", "-c", path)
     path.write_text(with_settings(path, settings))
     return path
 
@@ -250,7 +256,7 @@ class Server:
     def listener(self):
         """The listener's pid."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return next(int(pid) for pid in children if b"listener" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 # ---- tools that run inside a host ----------------------------------------------------------------------------------
@@ -349,12 +355,24 @@ def from_address(frame, ip):
     return bytes(packet)
 
 
+def sshd_options():
+    """OpenSSH 9.8 and later shuts out addresses that connect and do not log in, as the tests do."""
+    version = re.search(r"OpenSSH_(\d+)\.(\d+)", sh("ssh", "-V").stderr)
+    return ("-o", "PerSourcePenalties=no") if tuple(map(int, version.groups())) >= (9, 8) else ()
+
+
+def gpg(home, *arguments):
+    """The words of one gpg call without questions."""
+    return ["gpg", "--homedir", str(home), "--batch", "--yes", "--quiet", "--trust-model", "always", "--pinentry-mode", "loopback",
+            "--passphrase", "", *map(str, arguments)]
+
+
 def start_sshd(lab, host):
     """A real sshd on port 22 of the host."""
     Path("/run/sshd").mkdir(exist_ok=True)
     key = lab.dir / f"{host.name}-sshd-key"
     sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
-    host.popen("/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", key, "-o", "PidFile=none", "-o", "UsePAM=no",
+    host.popen("/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", key, "-o", "PidFile=none", "-o", "UsePAM=no", *sshd_options(),
                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: host.connects("127.0.0.1"), "sshd does not come up")
 
@@ -399,8 +417,8 @@ def world():
         start_sshd(lab, world.server)
         world.conf = make_server(lab, world.server, command_timeout=2)
         world.me = make_client(lab, world.client, world.server, world.conf, allow=ALLOW)
-        world.tariq = Server(lab, world.server, world.conf).wait_log("listening on")
-        world.key = tariq.derive_key(tariq.parse("secret", config_values(world.me, "box")["secret"]),
+        world.tariq = Server(lab, world.server, world.conf).wait_log("listening for")
+        world.key = tariq.shared_key(tariq.parse("secret", config_values(world.me, "box")["secret"]),
                                      tariq.parse("secret_ports", config_values(world.me, "box")["secret_ports"]))
         world.ports = tariq.parse("secret_ports", config_values(world.me, "box")["secret_ports"])
         yield world
@@ -432,63 +450,153 @@ def with_host(world, address, name):
     return path
 
 
+# ---- a peer written from the README's table of bytes, not from tariq.py ------------------------------------------------
+
+def keyed(key, label, data, size):
+    return hashlib.blake2b(data, key=key, person=label, digest_size=size).digest()
+
+
+def masked(key, label, nonce, data):
+    return bytes(a ^ b for a, b in zip(data, hashlib.shake_256(key + label + nonce).digest(len(data))))
+
+
+def make_frame(key, label, data, age=0.0):
+    """A frame; `age` seconds old."""
+    nonce = os.urandom(12)
+    body = nonce + masked(key, label, nonce, int((time.time() - age) * 1000).to_bytes(6, "big") + data)
+    return keyed(key, label, body, 16) + body
+
+
+def open_frame(key, label, payload):
+    """The data of a frame with this key and label, else None."""
+    if len(payload) < 34 or keyed(key, label, payload[16:], 16) != payload[:16]:
+        return None
+    return masked(key, label, payload[16:28], payload[28:])[6:]
+
+
+def make_png(data, side=36):
+    """A PNG with length(2) | data in its lowest bits."""
+    bits = [byte >> 7 - place & 1 for byte in len(data).to_bytes(2, "big") + data for place in range(8)]
+    samples = bytearray(os.urandom(side * side * 3))
+    for place, bit in enumerate(bits):
+        samples[place] = samples[place] & 254 | bit
+
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    rows = b"".join(b"\0" + samples[row:row + 3 * side] for row in range(0, len(samples), 3 * side))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def socket_in(host, *arguments):
+    """A socket inside a host, made by a thread that goes there."""
+    def make():
+        with open(f"/run/netns/{host.netns}", "rb") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET
+                raise OSError(ctypes.get_errno(), "setns")
+        return socket.socket(*arguments)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
+
+
+class Peer:
+    """One knock of an enrolled client over UDP, each step by itself."""
+
+    def __init__(self, world, *cmd, host=None, conf=None, section="box", **request):
+        conf = conf or world.me
+        values = config_values(conf, section)
+        self.ports = [int(port) for port in values["secret_ports"].split(",")]
+        self.K = keyed(base64.b64decode(values["secret"]), b"ports", struct.pack(f">{len(self.ports)}H", *self.ports), 32)
+        self.host, self.server, self.to, self.home = host or world.client, world.server, values["server_key"], conf.parent / "gpg"
+        self.user = config_values(conf, "client")["user"]
+        self.k = os.urandom(32)
+        self.id = keyed(self.k, b"id", b"", 12)
+        self.request = {"to": self.to, "k": self.k.hex(), "cmd": list(cmd) or ["O", "22/tcp"], **request}
+        self.socket = socket_in(self.host, socket.AF_INET, socket.SOCK_DGRAM)
+        self.sealed = b""
+
+    def seal(self, plain=None, *options):
+        """Sign and encrypt the request's PNG, or other bytes."""
+        plain = make_png(json.dumps(self.request).encode()) if plain is None else plain
+        words = gpg(self.home, "--hidden-recipient", self.to, *(options or ("-u", f"<{self.user}>", "-s", "-e")))
+        self.sealed = subprocess.run(self.host.command(words, NOBODY), input=plain, capture_output=True, check=True).stdout
+        return self
+
+    def frames(self, age=0.0, knock_id=None):
+        """[(port, fragment's frame)]"""
+        size = -(-len(self.sealed) // len(self.ports))
+        return [(port, make_frame(self.K, b"knock", bytes([place]) + (knock_id or self.id) + self.sealed[place * size:][:size], age))
+                for place, port in enumerate(self.ports)]
+
+    def send(self, frames, sock=None):
+        for port, payload in frames:
+            (sock or self.socket).sendto(payload, (self.server.ip, port))
+
+    @property
+    def reply_key(self):
+        return keyed(self.k, b"reply", self.sealed, 32)
+
+    def hear(self, label, timeout=5.0, sock=None):
+        """The data of the next frame with this label, or None after the time."""
+        sock, end = sock or self.socket, time.monotonic() + timeout
+        while select.select([sock], [], [], max(0, end - time.monotonic()))[0]:
+            payload, (_, port) = sock.recvfrom(2048)
+            data = open_frame(self.reply_key, label, payload)
+            if data is not None:
+                assert port == self.ports[-1]
+                return data
+        return None
+
+    def answer(self, nonce):
+        proof = keyed(self.reply_key, b"answer", nonce, 32)
+        self.send([(self.ports[-1], make_frame(self.K, b"knock", bytes([len(self.ports)]) + self.id + proof))])
+
+    def knock(self):
+        """The whole exchange -> the result."""
+        self.seal()
+        self.send(self.frames())
+        challenge = self.hear(b"challenge")
+        assert challenge is not None and challenge[34:].decode() == self.host.ip
+        self.answer(challenge[:32])
+        return self.hear(b"result")
+
+
 # ---- the pure parts ------------------------------------------------------------------------------------------------
 
 KEY = bytes(range(32))
 
 
-def test_a_frame_opens_with_its_own_key_and_label_only():
-    for data in (b"", b"x", os.urandom(1160)):
-        framed = tariq.frame(KEY, b"knock 0/5", data)
-        assert len(framed) == 34 + len(data)
-        assert tariq.unframe(KEY, b"knock 0/5", framed) == data
-        assert tariq.unframe(KEY, b"knock 1/5", framed) is None
-        assert tariq.unframe(bytes(32), b"knock 0/5", framed) is None
+def test_frames_are_those_of_the_readme_in_both_directions():
+    for data in (b"", b"x", os.urandom(1166)):
+        stamp, opened = tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", data), len(data))
+        assert opened == data and abs(stamp - time.time() * 1000) < 5000
+        assert open_frame(KEY, b"challenge", tariq.frame(KEY, b"challenge", data)) == data
+        assert tariq.unframe(KEY, b"result", make_frame(KEY, b"knock", data), 0) is None, "another label"
+        assert tariq.unframe(bytes(32), b"knock", make_frame(KEY, b"knock", data), 0) is None, "another key"
+        assert tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", data), len(data) + 1) is None, "too short"
+    assert tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", bytes(1167)), 0) is None, "over 1,200 bytes"
+    assert tariq.shared_key(KEY, [1, 2]) == keyed(KEY, b"ports", b"\0\1\0\2", 32)
 
 
 def test_a_frame_with_any_bit_changed_or_any_byte_missing_is_refused():
-    framed = tariq.frame(KEY, b"answer", b"some data")
+    framed = tariq.frame(KEY, b"knock", b"some data")
     for bit in range(len(framed) * 8):
         changed = bytearray(framed)
         changed[bit // 8] ^= 1 << bit % 8
-        assert tariq.unframe(KEY, b"answer", bytes(changed)) is None
+        assert tariq.unframe(KEY, b"knock", bytes(changed), 0) is None
     for size in range(len(framed)):
-        assert tariq.unframe(KEY, b"answer", framed[:size]) is None
-
-
-def test_a_frame_is_good_in_its_minute_and_the_ones_beside_it(monkeypatch):
-    now = 1_800_000_000
-    monkeypatch.setattr(tariq.time, "time", lambda: now)
-    framed = tariq.frame(KEY, b"answer", b"data")
-    for offset, good in ((-120, False), (-60, True), (0, True), (60, True), (120, False)):
-        monkeypatch.setattr(tariq.time, "time", lambda: now + offset)
-        assert (tariq.unframe(KEY, b"answer", framed) == b"data") is good
-
-
-def test_two_frames_of_the_same_data_have_nothing_in_common():
-    one, two = (tariq.frame(KEY, b"answer", bytes(1000)) for _ in range(2))
-    same = sum(a == b for a, b in zip(one, two))
-    assert same < 30  # 4 of 1028 bytes agree by chance
+        assert tariq.unframe(KEY, b"knock", framed[:size], 0) is None
 
 
 def test_hidden_data_comes_back_from_empty_to_exact_capacity():
     for size in (0, 1, 2, 100, 483, 484):  # 36 * 36 * 3 / 8 = 486, less 2 of length
         data = os.urandom(size)
-        assert tariq.reveal(tariq.hide(tariq.cover_image(""), data)) == data
+        assert tariq.reveal(tariq.hide(tariq.cover(""), data)) == data == tariq.reveal(make_png(data))
     with pytest.raises(tariq.Fault, match="1 bytes too long"):
-        tariq.hide(tariq.cover_image(""), bytes(485))
+        tariq.hide(tariq.cover(""), bytes(485))
 
 
-def test_hiding_changes_the_lowest_bits_only():
-    from PIL import Image
-    cover = tariq.cover_image("")
-    before = cover.tobytes()
-    import io
-    after = Image.open(io.BytesIO(tariq.hide(cover, os.urandom(484)))).tobytes()
-    assert all(a >> 1 == b >> 1 for a, b in zip(before, after)) and before != after
-
-
-def test_a_cover_may_be_any_png_that_is_large_enough(tmp_path):
+def test_a_cover_may_be_any_png_that_is_large_enough_and_only_its_lowest_bits_change(tmp_path):
     from PIL import Image
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         for size in ((36, 36), (37, 80), (640, 480)):
@@ -496,26 +604,27 @@ def test_a_cover_may_be_any_png_that_is_large_enough(tmp_path):
                 old.unlink()
             Image.new(mode, size, 1).save(tmp_path / "cover.png", transparency=0) if mode == "P" else \
                 Image.new(mode, size).save(tmp_path / "cover.png")
-            cover = tariq.cover_image(str(tmp_path))
-            assert (cover.mode, cover.size) == ("RGB", (36, 36)), (mode, size)
-            assert tariq.reveal(tariq.hide(cover, b"request")) == b"request"
+            samples = tariq.cover(str(tmp_path))
+            png = tariq.hide(samples, b"request")
+            after = Image.open(io.BytesIO(png))
+            assert (after.mode, after.size) == ("RGB", (36, 36)) and tariq.reveal(png) == b"request"
+            assert all(a >> 1 == b >> 1 for a, b in zip(samples, after.tobytes())) and samples != after.tobytes()
 
 
 def test_a_cover_that_cannot_serve_is_a_clear_error(tmp_path):
     from PIL import Image
-    with pytest.raises(tariq.Fault, match="needs PNG images"):
-        tariq.cover_image(str(tmp_path / "missing"))
-    with pytest.raises(tariq.Fault, match="needs PNG images"):
-        tariq.cover_image(str(tmp_path))
+    for directory in (tmp_path / "missing", tmp_path):
+        with pytest.raises(tariq.Fault, match="needs PNG images"):
+            tariq.cover(str(directory))
     for write in (lambda path: Image.new("RGB", (35, 36)).save(path), lambda path: path.write_bytes(b"no PNG"),
                   lambda path: path.write_bytes(b""), lambda path: Image.new("RGB", (50, 50)).save(path, "JPEG")):
         write(tmp_path / "cover.png")
         with pytest.raises(tariq.Fault, match="cover.png: needs PNG images"):
-            tariq.cover_image(str(tmp_path))
+            tariq.cover(str(tmp_path))
     Image.new("RGB", (90, 90)).save(tmp_path / "cover.png")
     (tmp_path / "cover.png").write_bytes((tmp_path / "cover.png").read_bytes()[:80])
     with pytest.raises(tariq.Fault, match="needs PNG images"):
-        tariq.cover_image(str(tmp_path))
+        tariq.cover(str(tmp_path))
 
 
 def test_requests_are_checked_word_by_word():
@@ -525,7 +634,7 @@ def test_requests_are_checked_word_by_word():
         assert tariq.command_of(list(words)) == result
     bad = [["O"], ["X", "22"], ["O", "0"], ["O", "-1"], ["O", "65536"], ["O", "022"], ["O", "22/sctp"], ["O", "22/tcp/tcp"],
            ["O", "٢٢"], ["O", "２２"], ["O", " 22"], ["O", "22\n"], ["O", ""], ["O", "1" * 5000], ["O", "--help"], ["E"],
-           ["E", "a\nb"], ["E", "a\x1b[2J"], ["E", "\ud800"], ["E", "a\0b"], ["E", "\u202e"], [""]]
+           ["E", "a\nb"], ["E", "a\x1b[2J"], ["E", "\ud800"], ["E", "a\0b"], ["E", "\u202e"], [""], "O22", ("O", "22"), None]
     for words in bad:
         with pytest.raises(ValueError):
             tariq.command_of(words)
@@ -551,56 +660,61 @@ def test_policy_permits_what_a_pattern_says_and_nothing_else():
 CONFIG = """[server]
 secret_ports = 10000,7456,22022,12121,10001
 secret = {secret}
-server_gpg_dir = /nonexistent
-server_user = tariq@box.example.com
-[allow]
-me@laptop.example.com =
-    O 22
+[allow me@laptop]
+key = {key}
+may =
+    O 22  # comment
     E echo *
 """
-SECRET = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0ICEhISE="
+SECRET, PRINT = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0ICEhISE=", "0123456789abcdef0123456789ABCDEF01234567"
 
 
 def write_config(path, text=CONFIG, mode=0o600):
-    path.write_text(text.replace("{secret}", SECRET))
+    path.write_text(text.replace("{secret}", SECRET).replace("{key}", PRINT))
     path.chmod(mode)
     return path
 
 
 def test_a_config_gives_checked_values(tmp_path):
     config = tariq.Config(write_config(tmp_path / "tariq.conf"))
-    assert config.get("secret_ports", "server") == (10000, 7456, 22022, 12121, 10001)
-    assert len(config.get("secret", "server")) == 32
-    assert config.allowed() == {"me@laptop.example.com": [["O", "22/tcp"], ["E", "echo", "*"]]}
-    assert config.get("open_timeout", "server", default=3600) == 3600
+    assert config.get("secret_ports") == [10000, 7456, 22022, 12121, 10001] and len(config.get("secret")) == 32
+    assert config.clients() == {PRINT.upper(): "allow me@laptop"}
+    assert config.get("may", ["allow me@laptop"]) == [["O", "22/tcp"], ["E", "echo", "*"]]
+    assert config.get("open_timeout", ["allow me@laptop", "server"], 3600) == 3600
 
 
-def test_the_example_config_is_a_config(tmp_path):
+def test_the_example_config_is_a_config_with_every_key(tmp_path):
     text = (HERE / "tariq.conf.example").read_text()
     path = write_config(tmp_path / "tariq.conf", text.replace("secret =", f"secret = {SECRET}"))
     config = tariq.Config(path)
-    for section in ("server", "client", "box.example.com"):
+    keys = {key for section in config.ini.sections() for key in config.ini[section]}
+    for section in config.ini.sections():
         for key in config.ini[section]:
-            config.get(key, section, default="")
-    assert len(config.allowed()) == 1
+            config.get(key, [section], "")
+    assert len(config.clients()) == 1
+    used = set(re.findall(r'\.get\(f?"([a-z_{}]+)"', (HERE / "tariq.py").read_text()))
+    used = used - {"open_{protocol}_port"} | {"open_tcp_port", "open_udp_port", "key"}
+    assert keys == used
 
 
 def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path):
-    cases = [("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4", "[server] secret_ports: needs"),
-             ("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4,4", "[server] secret_ports: needs"),
-             ("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4,65536", "[server] secret_ports: needs"),
-             ("secret_ports = 10000,7456,22022,12121,10001", "secret_ports = 1,2,3,4,x", "[server] secret_ports: needs"),
-             ("secret_ports = 10000,7456,22022,12121,10001", "", "[server] secret_ports is missing"),
+    ports = "secret_ports = 10000,7456,22022,12121,10001"
+    cases = [(ports, "secret_ports = 1,2,3,4", "[server] secret_ports: needs"), (ports, "secret_ports = 1,2,3,4,4", "secret_ports: needs"),
+             (ports, "secret_ports = 1,2,3,4,65536", "[server] secret_ports: needs"), (ports, "secret_ports = 1,2,3,4,x", "needs"),
+             (ports, "", "[server] secret_ports is missing"),
              ("{secret}", "c2VjcmV0", "[server] secret: needs 32"), ("{secret}", "!" * 44, "[server] secret: needs 32"),
-             ("{secret}", "", "[server] secret is missing"), ("    O 22", "    O 99999", "[allow] me@laptop.example.com: needs"),
-             ("    O 22", "    X 22", "[allow] me@laptop.example.com: needs"),
-             ("    O 22", '    E "unbalanced', "[allow] me@laptop.example.com: needs")]
+             ("{secret}", "", "[server] secret is missing"), ("    O 22", "    O 99999", "[allow me@laptop] may: needs"),
+             ("    O 22", "    X 22", "[allow me@laptop] may: needs"), ("    O 22", '    E "unbalanced', "[allow me@laptop] may: needs"),
+             ("{key}", "0123", "[allow me@laptop] key: needs a key's fingerprint"),
+             ("may =", "open_timeout = soon\nmay =", "[allow me@laptop] open_timeout: needs a whole number")]
     for old, new, words in cases:
-        path = write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new))
-        config = tariq.Config(path)
+        config = tariq.Config(write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new)))
         with pytest.raises(tariq.Fault) as caught:
-            config.get("secret_ports", "server"), config.get("secret", "server"), config.allowed()
-        assert words in str(caught.value) and str(path) in str(caught.value) and caught.value.code == 78
+            for key in ("secret_ports", "secret"):
+                config.get(key)
+            for key in ("may", "key", "open_timeout"):
+                config.get(key, ["allow me@laptop"], 1)
+        assert words in str(caught.value) and str(tmp_path / "tariq.conf") in str(caught.value) and caught.value.code == 78
         assert SECRET not in str(caught.value) and "1,2,3,4" not in str(caught.value)
     for text in ("no section", "[server]\nline without a key\n" + SECRET, "[a]\nx = 1\nx = 2\n", "[a]\n[a]\n"):
         with pytest.raises(tariq.Fault, match="is not INI") as caught:
@@ -609,157 +723,160 @@ def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_pat
     (tmp_path / "tariq.conf").write_bytes(b"\xff\xfe")
     with pytest.raises(tariq.Fault, match="is not INI"):
         tariq.Config(tmp_path / "tariq.conf")
+    with pytest.raises(tariq.Fault, match="a key of its own"):
+        tariq.Config(write_config(tmp_path / "tariq.conf", f"{CONFIG}[allow twin]\nkey = {PRINT.lower()}\n")).clients()
 
 
-def test_a_config_that_others_can_read_is_refused(tmp_path):
+@needs_root
+def test_a_config_that_others_can_read_or_write_is_refused_and_root_obeys_only_its_own(tmp_path):
     for mode in (0o640, 0o604, 0o620, 0o666):
         with pytest.raises(tariq.Fault, match="chmod 600"):
             tariq.Config(write_config(tmp_path / "tariq.conf", mode=mode))
+    os.chown(write_config(tmp_path / "tariq.conf"), NOBODY, NOBODY)
+    assert tariq.Config(tmp_path / "tariq.conf"), "a client that root runs takes its user's config"
+    with pytest.raises(tariq.Fault, match="let root own it"):
+        tariq.Config(tmp_path / "tariq.conf", root=True)
 
 
-def test_a_rule_template_must_hold_address_port_and_end(tmp_path):
-    for rule in ("-A tariq -s {ip} --dport {dport} -j ACCEPT", "-A tariq -s {ip} --datestop {until}", "-A tariq {ip} {dport} {until} {x}",
-                 "-I tariq {ip} {dport} {until}", "-A tariq {ip {dport} {until}", "-A tariq {ip} {dport} {until} 'x"):
-        config = tariq.Config(write_config(tmp_path / "tariq.conf", CONFIG.replace("[allow]", f"open_tcp_port = {rule}\n[allow]")))
+def test_a_rule_template_must_hold_address_and_port(tmp_path):
+    for rule in ("-A tariq -s {ip} -j ACCEPT", "-A tariq --dport {dport}", "-A tariq {ip} {dport} 'x"):
+        config = tariq.Config(write_config(tmp_path / "tariq.conf", CONFIG.replace("[allow", f"open_tcp_port = {rule}\n[allow")))
         with pytest.raises(tariq.Fault, match="open_tcp_port: needs"):
-            config.get("open_tcp_port", "server")
+            config.get("open_tcp_port")
 
 
-def test_log_lines_cannot_be_forged():
+def test_log_lines_cannot_be_forged_and_priorities_are_for_the_journal(capfd, monkeypatch):
     assert tariq.printable("a\n<3>b\x1b[2J\ud800\u202e") == "a\\x0a<3>b\\x1b[2J\\xd800\\x202e"
+    tariq.log("x\ny", 3)
+    status = os.fstat(2)
+    monkeypatch.setattr(tariq, "JOURNAL", f"{status.st_dev}:{status.st_ino}")
+    tariq.log("x", 3)
+    assert capfd.readouterr().err == "x\\x0ay\n<3>x\n"
 
 
 # ---- promise 2: authenticate before you parse. Fuzzing ---------------------------------------------------------------
 
 CASES = int(os.environ.get("TARIQ_FUZZ_CASES", 200_000))
+PORTS = [1000, 2000, 3000, 4000, 5000]
+LINK = ("eth0", 0x0800, 0, 1, bytes(6))
 
 
-def bare_listener(ports=(1000, 2000, 3000, 4000, 5000)):
-    settings = SimpleNamespace(ports=ports, key=KEY, interface="none")
-    listener = tariq.Listener(settings, None, None, None, 14, None)
+def bare_listener():
+    listener = tariq.Listener(None, None, {"ports": PORTS, "key": KEY.hex()})
     listener.began = 0  # frames of this very second are good
     return listener
 
 
-def syn(ports, position, payload, flags=2, version=4, options=b""):
-    """An Ethernet frame with a TCP segment, made by hand: what a fuzzer mutates."""
-    tcp = (b"\x10\x00" + ports[position].to_bytes(2, "big") + bytes(8) + bytes([(5 + len(options) // 4) << 4, flags]) + bytes(6)
-           + options + payload)
+def packet_of(port, payload, version=4, udp=False, options=b"", flags=2):
+    """An IP packet made by hand: what a fuzzer mutates."""
+    ports = b"\x10\x00" + port.to_bytes(2, "big")
+    if udp:
+        upper = ports + (8 + len(payload)).to_bytes(2, "big") + bytes(2) + payload
+    else:
+        upper = ports + bytes(8) + bytes([(5 + len(options) // 4) << 4, flags]) + bytes(6) + options + payload
     if version == 6:
-        return bytes(12) + b"\x86\xdd" + b"\x60\0\0\0" + len(tcp).to_bytes(2, "big") + b"\x06\x40" + bytes(32) + tcp
-    return bytes(12) + b"\x08\x00" + b"\x45\0" + (20 + len(tcp)).to_bytes(2, "big") + bytes(5) + b"\x06" + bytes(10) + tcp
+        return b"\x60\0\0\0" + len(upper).to_bytes(2, "big") + (b"\x11" if udp else b"\x06") + b"\x40" + bytes(32) + upper
+    return b"\x45\0" + (20 + len(upper)).to_bytes(2, "big") + bytes(5) + (b"\x11" if udp else b"\x06") + bytes(10) + upper
 
 
-def test_the_gate_passes_a_fragment_once_and_at_its_own_port_only():
+def test_the_gate_passes_a_frame_once_and_at_its_own_port_only():
     listener = bare_listener()
-    for version in (4, 6):
-        for position in range(5):
-            framed = tariq.frame(KEY, tariq.fragment_label(position, 5), b"i" * 12 + b"piece")
-            for other in range(5):
-                if other != position:
-                    assert listener.gate(syn(listener.settings.ports, other, framed, version=version)) is None
-            for flags in (0x10, 0x12, 0x04, 0x01, 0x03):  # not a bare SYN
-                assert listener.gate(syn(listener.settings.ports, position, framed, flags, version)) is None
-            packet = syn(listener.settings.ports, position, framed, version=version, options=b"\x02\x04\x05\xb4")
-            assert listener.gate(packet)[:2] == (position, b"i" * 12 + b"piece")
-            assert listener.gate(packet) is None, "the same bytes twice are a replay"
+    for version, udp, position in itertools.product((4, 6), (False, True), range(6)):
+        data = bytes([position]) + b"i" * 12 + b"piece"
+        for port in PORTS:
+            if port != PORTS[min(position, 4)]:
+                assert listener.gate(packet_of(port, make_frame(KEY, b"knock", data), version, udp), LINK) is None
+        packet = packet_of(PORTS[min(position, 4)], make_frame(KEY, b"knock", data), version, udp, options=b"\x02\x04\x05\xb4")
+        assert listener.gate(packet, LINK)[:3] == (position, b"i" * 12, b"piece")
+        assert listener.gate(packet, LINK) is None, "the same bytes twice are a replay"
+    assert listener.gate(packet_of(PORTS[4], make_frame(KEY, b"knock", bytes([6]) + b"i" * 13)), LINK) is None, "no such position"
 
 
-def test_answers_pass_the_gate_at_the_last_port_only():
-    listener = bare_listener()
-    framed = tariq.frame(KEY, b"answer", b"i" * 12 + bytes(32))
-    for position in range(4):
-        assert listener.gate(syn(listener.settings.ports, position, framed, flags=0x18)) is None
-    assert listener.gate(syn(listener.settings.ports, 4, framed, flags=0x18))[:2] == (5, b"i" * 12 + bytes(32))
-
-
-def test_frames_from_before_the_listener_began_are_refused(monkeypatch):
-    """Its memory of what was seen began with it: a recording could pass for new."""
-    listener, now = bare_listener(), tariq.time.time()
+def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(monkeypatch):
+    listener, now = bare_listener(), time.time()
+    for age, good in ((58, True), (-58, True), (62, False), (-62, False), (3600, False)):
+        assert bool(listener.gate(packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13, age)), LINK)) is good, age
     listener.began = now * 1000
-    for age, good in ((0.01, False), (30, False), (-0.01, True)):
-        monkeypatch.setattr(tariq.time, "time", lambda: now - age)
-        packet = syn(listener.settings.ports, 0, tariq.frame(KEY, b"knock 0/5", b"i" * 12))
-        monkeypatch.setattr(tariq.time, "time", lambda: now + 2)
-        assert bool(listener.gate(packet)) is good
+    for age, good in ((0.01, False), (30, False), (-5, True)):
+        packet = packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13, time.time() - now + age))
+        assert bool(listener.gate(packet, LINK)) is good, age
     monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
-    assert listener.gate(syn(listener.settings.ports, 0, tariq.frame(KEY, b"knock 0/5", b"i" * 12)))
+    assert listener.gate(packet_of(1000, tariq.frame(KEY, b"knock", b"\0" + b"i" * 13)), LINK)
 
 
 def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
     """Random, truncated and mutated packets before the tag."""
     chance, listener = random.Random(1), bare_listener()
-    good = [syn(listener.settings.ports, position, tariq.frame(KEY, b"knock %d/5" % position, bytes(12 + size)), version=version)
-            for position in range(5) for size in (1, 40, 900) for version in (4, 6)]
+    good = [packet_of(PORTS[place], make_frame(KEY, b"knock", bytes([place]) + bytes(12 + size)), version, udp)
+            for place in range(5) for size in (1, 40, 900) for version in (4, 6) for udp in (False, True)]
     for case in range(CASES):
         kind = case % 4
         if kind == 0:
-            packet = chance.randbytes(chance.randrange(0, 120))
+            packet = chance.randbytes(chance.randrange(0, 200))
         elif kind == 1:
-            packet = syn(listener.settings.ports, chance.randrange(5), chance.randbytes(chance.randrange(0, 300)),
-                         chance.choice((2, 0x10, 0x18, 0x12)), chance.choice((4, 6)))
+            packet = packet_of(chance.choice(PORTS), chance.randbytes(chance.randrange(0, 300)), chance.choice((4, 6)),
+                               chance.random() < 0.5, flags=chance.choice((2, 0x10, 0x18, 0x12)))
         else:
             packet = bytearray(chance.choice(good))
             if kind == 2:
                 del packet[chance.randrange(len(packet)):]
-            else:  # at least one bit of what the tag covers
-                start = tariq.tcp_span(packet, 14)[1]
-                packet[chance.randrange(start, len(packet))] ^= 1 << chance.randrange(8)
-            for _ in range(chance.randrange(3) if kind == 2 else 0):
-                if packet:
+                for _ in range(chance.randrange(3) if packet else 0):
                     packet[chance.randrange(len(packet))] = chance.randrange(256)
+            else:  # at least one bit of what the tag covers
+                size = 40 if packet[0] >> 4 == 6 else 20
+                start = size + (8 if packet[6 if size == 40 else 9] == 17 else 20)
+                packet[chance.randrange(start, len(packet))] ^= 1 << chance.randrange(8)
             packet = bytes(packet)
-        assert listener.gate(packet) is None, packet.hex()
-    assert not listener.seen and not listener.knocks and listener.jobs.empty()
+        assert listener.gate(packet, LINK) is None, packet.hex()
+    assert not listener.seen and not listener.knocks and not listener.partial
 
 
 def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypatch):
-    """After the tag: random and mutated contents, through reassembly and answers."""
-    chance, listener = random.Random(2), bare_listener()
+    """After the tag: frames of every length with random contents, through gate and reassembly; no gpg is run."""
+    chance, listener, served = random.Random(2), bare_listener(), []
     monkeypatch.setattr(tariq, "SEEN_MAX", 1000)
-    segment = (bytes(54), 100)
-    for case in range(CASES // 4):
-        address = chance.choice((bytes([10, 0, 0, chance.randrange(30)]), chance.randbytes(16), bytes([192, 0, 2, 1])))
-        knock_id = chance.choice((chance.randbytes(12), b"constant id!"))
-        position = chance.randrange(6)
-        handle = listener.on_answer if position == 5 else listener.on_fragment
-        handle(knock_id, chance.randbytes(chance.choice((0, 32, 900))), position, address, segment)
-        framed = tariq.frame(KEY, b"answer", chance.randbytes(44))
-        if case % 10 == 0:
-            assert listener.gate(syn(listener.settings.ports, 4, framed, flags=0x18))
-        assert len(listener.knocks) <= tariq.KNOCKS_MAX
-        crowd = [knock for knock in listener.knocks.values() if knock.owner == address[:8]]
-        assert len(crowd) <= tariq.KNOCKS_EACH
-        assert len(listener.seen) <= 1000
-    working = [knock for knock in listener.knocks.values() if knock.state == "working" and knock.owner == bytes([192, 0, 2, 1])]
-    assert len(working) <= tariq.WORKERS_EACH
+    monkeypatch.setattr(listener, "serve", lambda knock_id, knock: served.append(knock_id))
+    for case in range(CASES // 10):
+        data = chance.randbytes(chance.choice((0, 1, 12, 13, 14, 45, 900, 1166)))
+        if data:
+            data = bytes([chance.randrange(7)]) + data[1:]
+        if case % 2 and len(data) > 13:
+            data = data[:1] + b"constant id%d" % (case % 50 // 10) + data[13:]
+        packet = packet_of(chance.choice(PORTS), make_frame(KEY, b"knock", data), chance.choice((4, 6)), chance.random() < 0.5)
+        if passed := listener.gate(packet, LINK):
+            listener.sort(*passed)
+        assert len(listener.knocks) <= 256 and len(listener.partial) <= 256 and len(listener.seen) <= 1000
+    assert served, "some were whole"
 
 
-def test_spoofed_knocks_of_an_insider_fill_neither_the_queue_nor_the_workers():
+def whole_knocks(listener, addresses):
+    """A whole knock from each address -> how many were given a thread."""
+    before = len(listener.knocks)
+    for address in addresses:
+        knock_id = os.urandom(12)
+        for place in range(5):
+            listener.sort(place, knock_id, b"junk", tariq.Packet(address, b"", 1, PORTS[place], b"", b"", LINK))
+    return len(listener.knocks) - before
+
+
+def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count(monkeypatch):
     listener = bare_listener()
-    for number in range(5000):
-        for position in range(5):
-            listener.on_fragment(number.to_bytes(12, "big"), b"junk", position, number.to_bytes(4, "big"), (bytes(54), 100))
-    assert listener.jobs.qsize() <= 2 * tariq.WORKERS and len(listener.knocks) == tariq.KNOCKS_MAX
-
-
-def test_challenges_that_nobody_answered_in_time_make_room_first():
-    listener = bare_listener()
-    for number in range(tariq.KNOCKS_MAX):
-        knock = listener.new_knock(number.to_bytes(12, "big"), number.to_bytes(4, "big"))
-        knock.state, knock.deadline = "challenged", time.monotonic() + (30 if number else -1)
-    listener.new_knock(b"a new knock!", b"new1")
-    assert bytes(12) not in listener.knocks and len(listener.knocks) == tariq.KNOCKS_MAX
-    listener.on_fragment(b"another one!", b"", 0, b"new2", (bytes(54), 100))
-    assert b"a new knock!" not in listener.knocks, "where all challenges are young, what has just begun makes room"
+    monkeypatch.setattr(listener, "serve", lambda *_: None)
+    assert whole_knocks(listener, [b"\xc0\0\2\1"] * 40) == 16
+    assert whole_knocks(listener, [bytes(8) + os.urandom(8) for _ in range(40)]) == 16, "one IPv6 /64"
+    for knock in listener.knocks.values():
+        knock.answered = True
+    assert whole_knocks(listener, [b"\xc0\0\2\1"] * 40) == 16, "an office behind one NAT"
+    assert whole_knocks(listener, [number.to_bytes(4, "big") for number in range(500)]) == 256 - 48
+    for number in range(1000):  # fragments only: the oldest goes
+        listener.sort(0, number.to_bytes(12, "big"), b"", tariq.Packet(b"new1", b"", 1, 1000, b"", b"", LINK))
+    assert len(listener.partial) == 256 and (999).to_bytes(12, "big") in listener.partial
 
 
 def test_hostile_images_are_refused():
     """Random, truncated, mutated and hostile PNGs: one error type, and no pixel of a bomb is decoded."""
-    import io
-    import zlib
     from PIL import Image
-    chance, good = random.Random(3), tariq.hide(tariq.cover_image(""), b"{}" * 100)
+    chance, good = random.Random(3), make_png(b"{}" * 100)
 
     def chunk(kind, data):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -771,18 +888,12 @@ def test_hostile_images_are_refused():
     bombs = [png(60000, 60000, 8, 2, bytes(1000)), png(36, 36, 16, 2, bytes(36 * (1 + 36 * 6))), png(36, 36, 8, 3, bytes(36 * 37)),
              png(36, 36, 8, 2, b""), png(36, 36, 8, 2, bytes(10)), png(36, 36, 8, 6, bytes(36 * 145)), png(0, 0, 8, 2, b""),
              png(36, 36, 8, 2, bytes(36 * 109), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))),
-             png(36, 36, 8, 2, b"\xff" * (36 * 109)), png(2**31 - 1, 1, 8, 2, b"")]
+             png(36, 36, 8, 2, b"\xff" * (36 * 109)), png(2**31 - 1, 1, 8, 2, b""), png(36, 36, 8, 2, bytes(36 * 109), interlace=1)]
     for bomb in bombs:
         with contextlib.suppress(tariq.Fault):
             assert len(tariq.reveal(bomb)) <= 484
-    for length in (485, 486, 8000, 65535):  # a length that the image cannot hold
-        image = Image.frombytes("RGB", (36, 36), bytes(length >> 15 - place & 1 if place < 16 else 1 for place in range(3888)))
-        image.save(output := io.BytesIO(), "PNG")
-        with pytest.raises(tariq.Fault, match="not an image that Tariq made"):
-            tariq.reveal(output.getvalue())
     for mode, size in (("RGB", (35, 36)), ("RGB", (400, 400)), ("P", (36, 36)), ("RGBA", (36, 36)), ("L", (36, 36))):
-        output = io.BytesIO()
-        Image.new(mode, size).save(output, "PNG")
+        Image.new(mode, size).save(output := io.BytesIO(), "PNG")
         with pytest.raises(tariq.Fault, match="not an image that Tariq made"):
             tariq.reveal(output.getvalue())
     for case in range(CASES // 20):
@@ -796,79 +907,35 @@ def test_hostile_images_are_refused():
             assert len(tariq.reveal(bytes(data) if case % 2 else chance.randbytes(case % 300))) <= 484
 
 
-def test_hostile_requests_are_refused_though_they_are_signed():
-    """What an enrolled client may sign: each is one Fault, and nothing else. (The keyring is a stand-in: gpg has its own test.)"""
-    listener, knock = bare_listener(), tariq.Knock(b"i" * 12, b"\xc0\0\2\1")
-    own, mine = "F" * 40, (b"i" * 12).hex()
-    listener.settings.own, listener.settings.patience, knock.address = own, 30, b"\xc0\0\2\1"
-    good = {"to": own, "id": mine, "cmd": ["O", "22"], "ip": ""}
-    said = {}
-    listener.ring = SimpleNamespace(unseal=lambda *_: ("A" * 40, tariq.hide(tariq.cover_image(""), said["text"])), seal=lambda *_: b"sealed")
-
-    def refused(text):
-        said["text"] = text if isinstance(text, bytes) else json.dumps(text).encode()
-        knock.pieces, knock.state = {0: b""}, "working"
-        try:
-            listener.challenge(knock)
-        except tariq.Fault:
-            return knock.state == "working"
-        return False
-
-    assert not refused(good) and knock.state == "challenged" and knock.command == ["O", "22/tcp"]
-    hostile = [b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"[" * 484, b'{"a":' * 90, b"9" * 484, b"NaN", b'{"to":"\\ud800"}',
-               {**good, "to": own.lower()}, {**good, "to": None}, {**good, "to": [own]}, {**good, "id": "00" * 12}, {**good, "id": None},
-               {**good, "cmd": None}, {**good, "cmd": {}}, {**good, "cmd": "Eid"}, {**good, "cmd": []}, {**good, "cmd": ["O", 22]},
-               {**good, "cmd": ["O", ["22"]]}, {**good, "cmd": ["E", "\ud800"]}, {**good, "cmd": ["E", "a\nb"]}, {**good, "cmd": [["E"], "id"]},
-               {**good, "cmd": ["O"] + ["1"] * 80}, {key: good[key] for key in ("to", "id", "cmd")}]
-    for text in hostile:
-        assert refused(text), text
-    for claimed in (None, 7, ["x"], {"a": 1}, "203.0.113.1\n<3>forged", "\ud800"):  # only logged, escaped and cut
-        assert not refused({**good, "ip": claimed})
-    chance = random.Random(5)
-    for _ in range(CASES // 200):
-        text = bytearray(json.dumps(good).encode())
-        for _ in range(chance.randrange(1, 6)):
-            text[chance.randrange(len(text))] = chance.randrange(256)
-        refused(bytes(text))  # raises nothing but Fault
-
-
-def test_interlaced_images_carry_requests_too_or_are_refused():
-    # Adam7 keeps size and mode; Pillow decodes it in whole: the same bound holds.
-    import io
-    from PIL import Image
-    output = io.BytesIO()
-    Image.new("RGB", (36, 36)).save(output, "PNG", interlace=1)
-    with contextlib.suppress(tariq.Fault):
-        assert len(tariq.reveal(output.getvalue())) <= 484
-
-
 @needs_root
 def test_hostile_openpgp_is_refused_within_bounds(world):
-    """Mutated, truncated, unsigned, doubly signed, compressed bombs, signed-only: each one Fault, never a plaintext."""
-    ring_dir = world.lab.dir / "hostile"
-    sh("install", "-d", "-m", "700", ring_dir)
-    gpg = ["gpg", "--homedir", ring_dir, "--batch", "--quiet", "--trust-model", "always", "--pinentry-mode", "loopback",
-           "--passphrase", ""]
-    for user in ("one@example.com", "two@example.com"):
-        sh(*gpg, "--quick-generate-key", user, "future-default", "default", "never")
-    ring = tariq.Keyring(str(ring_dir))
-    one, two = (ring.find(user, ring.keys("pub", "--list-keys")) for user in ("one@example.com", "two@example.com"))
-    sealed = ring.seal(b"plain" * 100, one, two)
-    assert ring.unseal(sealed, two) == (one, b"plain" * 100)
+    """Mutated, truncated, unsigned, doubly signed, compressed bombs, symmetric, signed-only: each one Fault, never a plaintext."""
+    home = world.lab.dir / "hostile"
+    sh("install", "-d", "-m", "700", home)
+    early = ("--faked-system-time", time.strftime("%Y%m%dT%H%M%S", time.gmtime(time.time() - 86400)))
+    one, two = (re.search(r"KEY_CREATED \S+ (\w+)", sh(*gpg(home, "--status-fd", "1", *early, "--quick-generate-key", user, "future-default",
+                                                             "default", "never")).stdout)[1] for user in ("one@example.com", "two@example.com"))
+    sealed = tariq.seal(str(home), b"plain" * 100, one, two)
+    assert tariq.unseal(str(home), sealed, two) == (one, b"plain" * 100)
 
     def made(data, *arguments):
-        return subprocess.run([*map(str, gpg), "-o", "-", *arguments], input=data, capture_output=True, check=True).stdout
+        return subprocess.run(gpg(home, *arguments), input=data, capture_output=True, check=True).stdout
 
+    bomb = made(bytes(8_000_000), "-u", one, "-r", two, "-s", "-e", "--compress-algo", "bzip2")
+    assert len(bomb) < 2000, "a bomb that fits a knock"
     hostile = [made(b"x", "-r", two, "-e"), made(b"x", "-u", one, "-s"), made(b"x", "--store"), made(b"x", "--clearsign"), b"",
-               made(b"x", "-u", one, "-u", two, "-r", two, "-s", "-e"), sealed + sealed, made(bytes(100_000_000), "-u", one, "-r", two,
-               "-s", "-e", "--compress-algo", "zlib", "-z", "9"), made(b"x" * 8193, "-u", one, "-r", two, "-s", "-e"),
-               made(b"x", "--passphrase", "x", "--symmetric")]
-    assert len(hostile[7]) > 100_000  # the pipe's bound cuts it
-    hostile.append(made(bytes(8_000_000), "-u", one, "-r", two, "-s", "-e", "--compress-algo", "bzip2"))
-    assert len(hostile[-1]) < 2000  # a bomb that fits a knock
+               made(b"x", "-u", one, "-u", two, "-r", two, "-s", "-e"), sealed + sealed, bomb,
+               made(b"x" * 8193, "-u", one, "-r", two, "-s", "-e"), made(b"x", "--passphrase", "x", "--symmetric"),
+               made(b"x", "--faked-system-time", time.strftime("%Y%m%dT%H%M%S", time.gmtime(time.time() - 700)), "-u", one, "-r", two, "-s", "-e")]
     for message in hostile:
         with pytest.raises(tariq.Fault):
-            ring.unseal(message[:6000], two)
+            tariq.unseal(str(home), message, two)
+    recent = made(b"x", "--faked-system-time", time.strftime("%Y%m%dT%H%M%S", time.gmtime(time.time() - 500)), "-u", one, "-r", two, "-s", "-e")
+    assert tariq.unseal(str(home), recent, two) == (one, b"x"), "pinentry may take nine minutes"
+    subkey = made(b"", "--quick-add-key", one, "ed25519", "sign") + made(b"x", "-u", one, "-r", two, "-s", "-e")
+    assert tariq.unseal(str(home), subkey, two) == (one, b"x"), "a signing subkey counts as its primary key"
+    packets = subprocess.run(gpg(home, "--list-packets"), input=sealed, capture_output=True, check=False).stdout
+    assert b"keyid 0000000000000000" in packets and one[-16:].encode() not in packets.split(b":encrypted")[0], "recipient hidden"
     chance = random.Random(4)
     for case in range(60):
         data = bytearray(sealed)
@@ -877,8 +944,131 @@ def test_hostile_openpgp_is_refused_within_bounds(world):
         else:
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         with pytest.raises(tariq.Fault):
-            ring.unseal(bytes(data), two)
-    sh("gpgconf", "--homedir", ring_dir, "--kill", "gpg-agent")
+            tariq.unseal(str(home), bytes(data), two)
+    sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
+
+
+@needs_root
+def test_the_exchange_is_what_the_readme_says_spoken_by_a_peer_of_its_own(box):
+    result = Peer(box, "O", "22/tcp").knock()
+    assert result[:2] == b"\x01\x00" and result[2:].decode().startswith(f"opened tcp/22 for {box.client.ip} until ")
+    assert len(box.server.rules()) == 1
+    result = Peer(box, "E", "echo", "hi").knock()
+    assert result == b"\x01\x00hi\n"
+    assert Peer(box, "O", "23/tcp").knock()[:2] == b"\x00\x4d"
+
+
+@needs_root
+def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on(box):
+    chance = random.Random(5)
+    good = Peer(box).request
+    hostile = [b"", b"null", b"[]", b"{}", b"1", b"\xff\xfe", b"[" * 484, b'{"a":' * 90, b"9" * 484, b"NaN", b'{"to":"\\ud800"}',
+               *(json.dumps({**good, **change}).encode() for change in (
+                   {"to": good["to"].lower()}, {"to": None}, {"to": "0" * 40}, {"k": "00" * 32}, {"k": None}, {"k": "00" * 65}, {"cmd": None},
+                   {"cmd": []}, {"cmd": "Eid"}, {"cmd": ["O", 22]}, {"cmd": ["O", ["22"]]}, {"cmd": ["E", "a\nb"]}))]
+    for text in chance.sample(hostile, 12):
+        peer = Peer(box).seal(make_png(text))
+        before = box.tariq.log.count("knock refused")
+        peer.send(peer.frames())
+        wait_for(lambda: box.tariq.log.count("knock refused") > before, text)
+        assert peer.hear(b"challenge", 0.1) is None
+    assert Peer(box).knock()[:1] == b"\x01"
+
+
+@needs_root
+def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(box):
+    peer = Peer(box).seal()
+    peer.send(peer.frames())
+    challenge = peer.hear(b"challenge")
+    for wrong in (bytes(32), challenge[:31], b""):
+        proof = keyed(peer.reply_key, b"answer", wrong, 32) if wrong else b""
+        peer.send([(peer.ports[-1], make_frame(peer.K, b"knock", bytes([5]) + peer.id + proof))])
+    assert peer.hear(b"result", 0.3) is None and box.server.rules() == []
+    elsewhere = Peer(box, host=box.other)  # the right answer, from another address
+    proof = keyed(peer.reply_key, b"answer", challenge[:32], 32)
+    elsewhere.send([(peer.ports[-1], make_frame(peer.K, b"knock", bytes([5]) + peer.id + proof))])
+    assert peer.hear(b"result", 0.3) is None and box.server.rules() == []
+    peer.answer(challenge[:32])
+    assert peer.hear(b"result")[:1] == b"\x01" and len(box.server.rules()) == 1
+
+
+@needs_root
+def test_the_first_last_fragment_says_whose_knock_it_is(box):
+    """Somebody with the secret who can sniff sends the last fragment again, from his address, while the knock is collected."""
+    peer, thief = Peer(box).seal(), Peer(box, host=box.other)
+    *first, last = peer.frames()
+    peer.send([last])
+    time.sleep(0.1)
+    thief.send([peer.frames()[-1]])  # a frame of its own
+    time.sleep(0.1)
+    peer.send(first)
+    assert peer.hear(b"challenge")[34:].decode() == box.client.ip
+    assert peer.hear(b"challenge", 0.3, thief.socket) is None
+
+
+@needs_root
+def test_the_secret_cannot_pass_a_challenge_off_as_a_result(box):
+    """Replies are under a key that only who unsealed the request has: nothing under K or with another label is one."""
+    peer = Peer(box).seal()
+    peer.send(peer.frames())
+    payload = peer.socket.recv(2048)
+    assert open_frame(peer.reply_key, b"challenge", payload) is not None
+    for key in (peer.K, peer.reply_key):
+        assert open_frame(key, b"result", payload) is None
+    assert open_frame(peer.K, b"challenge", payload) is None
+
+
+@needs_root
+def test_an_old_request_in_new_frames_and_one_of_another_knock_are_refused(box):
+    conf = box.lab.dir / "aged" / "tariq.conf"
+    for path in (conf.parent, conf.parent / "gpg"):
+        sh("install", "-d", "-m", "700", "-o", NOBODY, "-g", NOBODY, path)
+    day_before, long_ago = (time.strftime("%Y%m%dT%H%M%S", time.gmtime(time.time() - age)) for age in (86400, 660))
+    box.client.run(*gpg(conf.parent / "gpg", "--faked-system-time", day_before, "--quick-generate-key", "aged@example.com",
+                        "future-default", "default", "never"), user=NOBODY)
+    make_client(box.lab, box.client, box.server, box.conf, "aged@example.com", directory="aged")
+    old = Peer(box, conf=conf)
+    old.seal(None, "--faked-system-time", long_ago, "--ignore-time-conflict", "--ignore-valid-from", "-u", f"<{old.user}>", "-s", "-e")
+    old.send(old.frames())
+    box.tariq.wait_log("signed it more than 600 s from now")
+    assert old.hear(b"challenge", 0.2) is None
+    other = Peer(box).seal()
+    other.send(other.frames(knock_id=os.urandom(12)))
+    box.tariq.wait_log("for another server or knock")
+    assert other.hear(b"challenge", 0.2) is None
+    for age in (62, -62):
+        late = Peer(box).seal()
+        late.send(late.frames(age))
+        assert late.hear(b"challenge", 0.2) is None
+
+
+@needs_root
+def test_a_refused_knock_that_is_repeated_starts_no_gpg(box):
+    peer = Peer(box).seal(b"x" * 4000)
+    before = box.tariq.log.count("knock refused")
+    for _ in range(6):
+        peer.send(peer.frames())
+        time.sleep(0.1)
+    assert box.tariq.log.count("knock refused") == before + 1
+
+
+@needs_root
+def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(box):
+    """Unsigned, from a holder of the secret: encrypted to the server with its public key, which is in every client's keyring."""
+    literal = b"\xcbb\0" + bytes(4) + bytes(1 << 28)  # a literal packet; all lengths are indeterminate (RFC 4880, 4.2.1)
+    literal = b"\xaf" + literal[1:]
+    bomb = b"\xa3\x03" + bz2.compress(b"\xa3\x03" + bz2.compress(literal))
+    attackers = [Peer(box, host=box.other) for _ in range(12)]
+    session = attackers[0].seal(bomb, "--no-literal", "--compress-algo", "none", "-e").sealed
+    assert len(session) < 5000
+    began = time.monotonic()
+    for attacker in attackers:
+        attacker.sealed = session
+        attacker.send(attacker.frames())
+    done = knock(box, "O", "22")
+    assert done.returncode == 0, done.stderr + box.tariq.log
+    wait_for(lambda: box.tariq.log.count(f"{box.other.ip}: knock refused") >= 12, "the bombs are not over", 12 * 1.5 + 5)
+    assert time.monotonic() - began < 60 and box.tariq.process.poll() is None
 
 
 # ---- a knock opens a port on a real host, and nothing else does ----------------------------------------------------
@@ -906,11 +1096,11 @@ def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_see
 
 @needs_root
 @pytest.mark.parametrize("family", ["ip", "ip6"])
-@pytest.mark.parametrize("transport", ["kernel", "crafted"])
-def test_both_transports_knock_over_both_families(box, transport, family):
+@pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
+def test_all_transports_knock_over_both_families(box, transport, family):
     address, own = getattr(box.server, family), getattr(box.client, family)
     conf = with_host(box, address, f"{transport}-{family}")
-    user = NOBODY if transport == "kernel" else None
+    user = None if transport == "crafted" else NOBODY
     done = knock(box, "O", "22", conf=conf, user=user, options=("--transport", transport, "-v"))
     assert done.returncode == 0 and f"opened tcp/22 on box for {own} until" in done.stdout, done.stderr + box.tariq.log
     assert f"{transport.capitalize()}Transport" in done.stderr
@@ -920,9 +1110,13 @@ def test_both_transports_knock_over_both_families(box, transport, family):
 
 
 @needs_root
-def test_the_default_transport_is_crafted_for_root_and_kernel_for_others(box):
-    assert "by CraftedTransport" in knock(box, "C", "22", user=None, options=("-v",)).stderr
-    assert "by KernelTransport" in knock(box, "C", "22", options=("-v",)).stderr
+def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
+    for user in (None, NOBODY):
+        done = knock(box, "C", "22", user=user, options=("-v",))
+        assert "go by KernelTransport" in done.stderr and "UdpTransport" not in done.stderr and done.returncode == 0
+    conf = with_host(box, "198.51.100.99", "nobody-there")
+    turns = re.findall("go by (.)", knock(box, "C", "22", conf=conf, timeout=3, options=("-v",)).stderr)
+    assert "".join(turns).startswith("KUKU")
 
 
 @needs_root
@@ -981,15 +1175,14 @@ def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
 @needs_root
 def test_a_command_has_a_time_limit_and_bounded_output(box):
     began = time.monotonic()
-    assert knock(box, "E", "sleep", "60").returncode == 124
-    assert knock(box, "E", "yes").returncode == 124
+    assert knock(box, "E", "sleep", "60").returncode == 137
+    assert knock(box, "E", "yes").returncode == 137
     assert time.monotonic() - began < 30
     done = knock(box, "E", "head", "-c", "100000", "/dev/zero")
-    assert done.returncode == 0 and 300 < len(done.stdout) < 1300 and "[cut to one packet]" in done.stdout
+    assert done.returncode == 0 and len(done.stdout) == 1164 and "[cut to one packet]" in done.stdout
     began = time.monotonic()
     done = knock(box, "E", "sh", "-c", "sleep 30 & echo started")  # what it leaves behind holds the pipe
     assert (done.returncode, done.stdout) == (0, "started\n")
-    box.server.run("pkill", "-f", "^sleep 30$", check=False)
 
 
 @needs_root
@@ -999,9 +1192,9 @@ def test_one_users_running_command_stops_neither_doors_nor_other_knocks(box):
         began = time.monotonic()
         assert knock(box, "O", "22").returncode == 0
         done = knock(box, "E", "echo", "hi")
-        assert done.returncode == 77 and "still running" in done.stderr
+        assert done.returncode == 77 and "still runs" in done.stderr
         assert slow.poll() is None or time.monotonic() - began > 1.4
-        assert slow.wait(20) == 124
+        assert slow.wait(20) == 137
 
 
 @contextlib.contextmanager
@@ -1064,7 +1257,7 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
     server_gpg(box, "--import", input=certificate, stdin=None)
     time.sleep(1.5)
     box.server.run("iptables", "-F", "tariq")
-    for path, words in ((conf, "No public key"), (late, ""), (gone, "")):
+    for path, words in ((conf, "gpg: ERRSIG NO_PUBKEY"), (late, ""), (gone, "")):
         seen = box.tariq.log.count("knock refused")
         with Capture(box.server) as capture:
             done = knock(box, "O", "22", conf=path, timeout=2)
@@ -1072,82 +1265,39 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
             assert not [1 for _, source, _, _, payload in capture.segments() if source in box.ports and payload], "not a byte in answer"
         assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
     assert box.server.rules() == []
-    for user in ("deleted", "expired", "revoked"):  # for the tests to come: a config that can be loaded
-        forget(box, f"{user}@example.com")
-    reload(box)
 
 
 def forget(world, user):
-    """Take a user out of [allow]: the lines from its entry to the next."""
-    lines, kept, skip = world.conf.read_text().splitlines(keepends=True), [], False
-    for line in lines:
-        if not line.startswith("    "):
-            skip = user in line
-        if not skip:
-            kept.append(line)
-    world.conf.write_text("".join(kept))
+    """Take a user's section out of the server's config."""
+    text = re.sub(rf"(?ms)^\[allow {re.escape(user)}\].*?(?=^\[|\Z)", "", world.conf.read_text())
+    world.conf.write_text(text)
 
 
 @needs_root
-def test_a_key_that_is_known_but_not_in_allow_is_refused(box):
+def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(box):
     conf = second_client(box, "stranger")
+    assert knock(box, "C", "22", conf=conf).returncode == 77
+    text = box.conf.read_text()
+    box.conf.write_text(text.replace("[allow stranger@example.com]", "[allow stranger@example.com"))
+    try:
+        done = knock(box, "O", "22", conf=conf)
+        assert done.returncode == 71 and "is not INI" in done.stderr and "is not INI" in box.tariq.log, "refused, and the log says why"
+    finally:
+        box.conf.write_text(text)
+    assert knock(box, "O", "22", conf=conf).returncode == 0, "and the server goes on"
+    box.server.run("iptables", "-F", "tariq")
     forget(box, "stranger@example.com")
-    reload(box)
     done = knock(box, "O", "22", conf=conf)
     assert done.returncode == 77 and "not allowed" in done.stderr and box.server.rules() == []
-
-
-def reload(world):
-    count = world.tariq.log.count("read again")
-    world.tariq.process.send_signal(signal.SIGHUP)
-    world.tariq.wait_log("read again", count + 1)
 
 
 @needs_root
 def test_a_request_for_another_server_is_refused(box):
     """An insider with the same secret cannot pass one server's request on to another: the server reads its name in it."""
-    change = "hide = tariq.hide\ntariq.hide = lambda image, data: hide(image, data.replace(data[7:47], b'0' * 40))"
-    done = knock(box, "O", "22", timeout=1, change=change)
-    assert done.returncode == 75
-    box.tariq.wait_log("asked another server")
-    assert box.server.rules() == []
-
-
-@needs_root
-def test_the_client_refuses_a_server_that_signs_with_another_key(box):
-    """An insider who has the secret answers in the server's place: with a key of their own, which the client even knows."""
-    conf = box.me.parent / "wrong.conf"
-    other = box.client.run("gpg", "--homedir", box.me.parent / "gpg", "--batch", "--with-colons", "--list-secret-keys", user=NOBODY).stdout
-    other = next(line.split(":")[9] for line in other.splitlines() if line.startswith("fpr"))
-    # The server's true answer meets a client that expects it from another key: the same check, from the other side.
-    conf.write_text(box.me.read_text())
-    conf.chmod(0o600)
-    os.chown(conf, NOBODY, NOBODY)
-    change = f"seal = tariq.Keyring.unseal\ntariq.Keyring.unseal = lambda *a: ('{other}', seal(*a)[1])"
-    done = knock(box, "O", "22", conf=conf, change=change)
-    assert done.returncode == 76 and f"signed by {other}" in done.stderr and box.server.rules() == []
-
-
-@needs_root
-def test_an_answer_that_is_late_wrong_or_from_elsewhere_opens_nothing(box):
-    wrong = "digest = tariq.hmac.digest\ntariq.hmac.digest = lambda *a: bytes(32)"
-    assert knock(box, "O", "22", timeout=1, change=wrong).returncode == 75
-    # late: the server's patience is shortened in a second server's file, on the same host, with another chain
-    conf = second_server(box, "late")
-    client = make_client(box.lab, box.client, box.server, conf, "late@example.com", directory="late-client")
-    text = (box.lab.dir / "tariq.py").read_text().replace("ANSWER_TIME = 30 ", "ANSWER_TIME = 0.2 ")
-    assert "ANSWER_TIME = 0.2" in text
-    (box.lab.dir / "late.py").write_text(text)
-    server = Server(box.lab, box.server, conf, program="late.py").wait_log("listening on")
-    sleepy = "answer = tariq.KernelTransport.answer\ntariq.KernelTransport.answer = lambda *a: (tariq.time.sleep(0.5), answer(*a))"
-    assert knock(box, "O", "22", conf=client, timeout=2, change=sleepy).returncode == 75
-    assert knock(box, "O", "22", conf=client).returncode == 0
-    assert server.stop() == 0
-    # from elsewhere: the answer leaves with another host's address, right in every other respect
-    elsewhere = (f"answer = tariq.CraftedTransport.answer\n"
-                 f"def send(self, payload):\n    self.ip.src = '{box.other.ip}'\n    answer(self, payload)\n"
-                 f"tariq.CraftedTransport.answer = send")
-    assert knock(box, "O", "22", timeout=2, user=None, change=elsewhere).returncode == 75
+    peer = Peer(box, to="0" * 40).seal()
+    peer.send(peer.frames())
+    box.tariq.wait_log("for another server or knock")
+    assert peer.hear(b"challenge", 0.2) is None
     assert box.server.rules() == []
 
 
@@ -1160,11 +1310,12 @@ def second_server(world, name):
 def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
     """A man in the middle sends the client's fragments from its own address and passes the challenge back: the client sees
     another address in it than its own, and does not answer."""
-    change = ("tariq.KernelTransport.__init__ = (lambda init: lambda self, *a: (init(self, *a), setattr(self, 'own', '203.0.113.77'))[0])"
-              "(tariq.KernelTransport.__init__)")
-    done = knock(box, "O", "22", change=change)
+    change = ("openers = tariq.open_transports\n"
+              "tariq.open_transports = lambda *a: (openers(*a)[0], {0!r})")
+    done = knock(box, "O", "22", change=change.format("203.0.113.77"))
     assert done.returncode == 76 and "relays the knock" in done.stderr and box.client.ip in done.stderr
-    assert box.server.rules() == [] and "has the address 203.0.113.77" in box.tariq.log
+    assert box.server.rules() == []
+    assert knock(box, "O", "22", change=change.format("192.168.7.7")).returncode == 0, "behind NAT nobody can know"
 
 
 def rsa_client(box, algorithm, directory):
@@ -1203,13 +1354,13 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(box):
     sh(*gpg, "--quick-generate-key", "server@example.com", "rsa4096", "default", "never", cwd="/")
     mine = next(line.split(":")[9] for line in sh(*gpg, "--with-colons", "--list-keys", cwd="/").stdout.splitlines() if line.startswith("fpr"))
     sh(*gpg, "--quick-add-key", mine, "rsa4096", "encr", cwd="/")
-    make_server(box.lab, box.server, "rsa-server", iptables_chain="rsa", server_gpg_dir=box.lab.dir / "rsa-ring", server_user=mine)
+    make_server(box.lab, box.server, "rsa-server", iptables_chain="rsa", server_gpg_dir=box.lab.dir / "rsa-ring", server_key=mine)
     client, user = rsa_client(box, "rsa4096", "rsa-other")
     public = box.lab.tariq(box.client, "keygen", "-c", client, user, user=NOBODY).stdout
     profile = box.lab.tariq(box.server, "enroll", "-c", conf, input=public, stdin=None).stdout
     box.lab.tariq(box.client, "join", "-c", client, "rsa", user=NOBODY, input=profile, stdin=None)
     client.write_text(client.read_text().replace("[rsa]\n", f"[rsa]\nhost = {box.server.ip}\n"))
-    server = Server(box.lab, box.server, conf).wait_log("listening on")
+    server = Server(box.lab, box.server, conf).wait_log("listening for")
     done = knock(box, "O", "22", conf=client, where="rsa")
     assert done.returncode == 0 and "opened tcp/22 on rsa" in done.stdout, done.stderr + server.log
     assert server.stop() == 0
@@ -1269,7 +1420,7 @@ def test_replayed_exchanges_get_no_packet_whole_or_in_parts_from_the_same_addres
 @needs_root
 def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(box):
     """The fragments alone, held back from the server and replayed later by another: the door of a proof not given stays shut."""
-    change = "tariq.KernelTransport.answer = lambda self, payload: None"
+    change = "tariq.KernelTransport.answer = lambda *_: None"
     with Capture(box.server) as capture:
         assert knock(box, "O", "22", timeout=1, change=change).returncode == 75
         fragments = [frame for frame, _, port, flags, payload in capture.segments() if port in box.ports and payload]
@@ -1302,7 +1453,7 @@ def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
 def test_no_two_payloads_are_alike_and_repeats_are_new_frames(box):
     change = "tariq.WAIT = 0.01"
     with Capture(box.server) as capture:
-        assert knock(box, "O", "22", change=change).returncode == 0
+        assert knock(box, "O", "22", change=change, options=("--transport", "kernel")).returncode == 0
         payloads = [payload for _, _, port, flags, payload in capture.segments() if payload and port in box.ports and flags == 2]
     assert len(payloads) >= 10 and len(set(payloads)) == len(payloads)
 
@@ -1314,12 +1465,13 @@ spec = importlib.util.spec_from_file_location("tariq", sys.argv[1])
 tariq = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tariq)
 key, address, ports = bytes.fromhex(sys.argv[2]), sys.argv[3], tuple(map(int, sys.argv[4].split(",")))
-transport, end, whole = tariq.KernelTransport(socket.AF_INET, (address, 0), ports), time.monotonic() + float(sys.argv[5]), 0
+targets = [(address, port) for port in ports]
+transports, end, whole = [kind(socket.AF_INET, "", targets) for kind in (tariq.KernelTransport, tariq.UdpTransport)], time.monotonic() + float(sys.argv[5]), 0
 while time.monotonic() < end:
     knock_id, whole = os.urandom(12), whole + 1
-    frames = [tariq.frame(key, tariq.fragment_label(place, 5), knock_id + os.urandom(850)) for place in range(5)]
-    transport.knock(frames if whole % 2 else frames[1:] + frames[:1])  # every other one at the wrong ports
-    if transport.receive(0):
+    frames = [tariq.frame(key, b"knock", bytes([place]) + knock_id + os.urandom(850)) for place in range(5)]
+    transports[whole % 4 // 2].knock(frames if whole % 2 else frames[1:] + frames[:1])  # every other one at the wrong ports
+    if tariq.select.select([sock for transport in transports for sock in transport.sockets], [], [], 0)[0]:
         sys.exit("an answer")
 print(whole)
 """
@@ -1350,15 +1502,15 @@ base = tariq.KernelTransport
 class Disordered(base):
     turn = 0
     def knock(self, frames):
-        pairs, ports, self.turn = list(zip(self.ports, frames)), self.ports, self.turn + 1
+        pairs, targets, self.turn = list(zip(self.targets, frames)), self.targets, self.turn + 1
         pairs = dict(reversed=pairs[::-1], doubled=sorted(pairs * 2), shuffled=__import__("random").sample(pairs, 5),
                      halves=pairs[:3] if self.turn % 2 else pairs[3:])[{order!r}]
-        for port, payload in pairs:
-            self.ports = (port,)
+        for target, payload in pairs:
+            self.targets = [target]
             base.knock(self, [payload])
-            self.ports = ports
-            if port != ports[-1]:
-                self.sockets.pop().close()
+            self.targets = targets
+            if target != targets[-1]:
+                self.sockets.pop()
 tariq.KernelTransport = Disordered
 """
     for turn in range(3):
@@ -1399,9 +1551,9 @@ def nat(world):
 
 
 @needs_root
-@pytest.mark.parametrize("transport", ["kernel", "crafted"])
+@pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
 def test_the_exchange_passes_a_stateful_nat_router(box, nat, transport):
-    user = NOBODY if transport == "kernel" else None
+    user = None if transport == "crafted" else NOBODY
     done = knock(box, "O", "22", host=nat.inside[0], user=user, options=("--transport", transport))
     assert done.returncode == 0 and f"for {nat.router.ip} until" in done.stdout, done.stderr + box.tariq.log
     assert nat.inside[0].connects(box.server.ip) and not box.other.connects(box.server.ip)
@@ -1454,12 +1606,12 @@ def test_knocks_arrive_through_a_tunnel_that_has_no_link_header():
             host.run("ip", "addr", "add", f"{ip}/30", "dev", "tun0")
             host.run("ip", "addr", "add", f"{ip6}/64", "dev", "tun0", "nodad")
             host.run("ip", "link", "set", "tun0", "up", "mtu", "1280")
-        conf = make_server(lab, server, interface="tun0")
+        conf = make_server(lab, server)
         mine = make_client(lab, client, server, conf)
-        text, running = mine.read_text(), Server(lab, server, conf).wait_log("listening on tun0")
+        text, running = mine.read_text(), Server(lab, server, conf).wait_log("listening for")
         for address, own in (("203.0.113.1", "203.0.113.2"), ("2001:db8:9::1", "2001:db8:9::2")):
             mine.write_text(text.replace(f"host = {server.ip}", f"host = {address}"))
-            for transport, user in (("kernel", NOBODY), ("crafted", None)):
+            for transport, user in (("kernel", NOBODY), ("udp", NOBODY), ("crafted", None)):
                 done = lab.tariq(client, "knock", "-c", mine, "--transport", transport, "box", "O", "22", user=user)
                 assert f"for {own} until" in done.stdout
         assert running.stop() == 0
@@ -1474,56 +1626,51 @@ spec = importlib.util.spec_from_file_location("tariq", sys.argv[1])
 tariq = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tariq)
 tariq.need_root()
-monitor = tariq.Monitor(sys.argv[2], tariq.load_scapy())
-monitor.prepare_firewall()
-signer = next(iter(monitor.users))
-def message(**change):
-    fields = {"id": "00" * 12, "signer": signer, "command": ["O", "22"], "ip": "192.0.2.7"}
-    return json.dumps({**fields, **change}).encode()
-hostile = [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 8000, b'{"a":' * 1500, message(id="00"), message(id=3), message(signer="x" * 40),
+config = tariq.Config(sys.argv[2], root=True)
+monitor = tariq.Monitor(config, None)
+monitor.prepare()
+signer = next(iter(config.clients()))
+def message(knock_id="00" * 12, signer=signer, command=["O", "22"], ip="192.0.2.7"):
+    return json.dumps([knock_id, signer, command, ip]).encode()
+hostile = [b"", b"{}", b"[]", b"7", b"\xff", b"[" * 8000, b'{"a":' * 1500, message("00"), message(3), message(signer="x" * 40),
            message(signer=None), message(signer=[signer]), message(signer="0" * 40), message(command="O 22"), message(command=[]),
            message(command=["O"]), message(command=["O", 22]), message(command=["O", None]), message(command=["O", "*"]),
            message(command=["O", "22", "-j"]), message(command=["O", "23"]), message(command=["E", "reboot"]), message(command=["E"]),
            message(command=["E", "echo\nx"]), message(command=[["O", "22"]]), message(command={"O": "22"}), message(ip="192.0.2.7/0"),
            message(ip="0/0"), message(ip="-j ACCEPT"), message(ip=5), message(ip=None), message(ip=["192.0.2.7"]), message(ip="fe80::1%eth0"),
-           message(command=["O", "22"] + ["22"] * 9000), message(command="Eid"), message(command="O22"), message(command=["O", "٢٢"]), message(ip="192.0.2.7\n")]
+           message(command="Eid"), message(command="O22"), message(command=["O", "٢٢"]), message(ip="192.0.2.7\n"), message() [:-1],
+           json.dumps("a log line\n<3>forged " + "x" * 3000).encode()]
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 monitor.channel = ours
 for case in hostile:
-    try:
-        monitor.handle(case[:tariq.MESSAGE_MAX])
-    except tariq.Fault as fault:
-        sys.exit(f"Fault: {case[:200]} {fault}")
+    monitor.handle(case[:tariq.MESSAGE_MAX])
 theirs.setblocking(False)
-answers = []
-try:
-    while True:
-        answers.append(theirs.recv(9000))
-except BlockingIOError:
-    pass
-print("answers that say done:", sum(answer[tariq.ID] for answer in answers), "doors:", len(monitor.doors))
-for number in range(tariq.DOORS_EACH + 3 if len(sys.argv) > 3 else 0):  # too many: never read by the listener, too
-    monitor.handle(message(ip=str(tariq.ipaddress.ip_address(3221225984 + number))))
-print("doors at the most:", len(monitor.doors))
-for door in list(monitor.doors):
-    monitor.close(*door)
+def answers():
+    try:
+        while True:
+            yield theirs.recv(9000)
+    except BlockingIOError:
+        return
+print("answers that say done:", sum(answer[tariq.ID] for answer in answers()), "doors:", len(monitor.doors))
+for number in range(2000):  # more answers than the channel holds, and nobody reads them
+    monitor.handle(message(command=["O", "23"]))
+list(answers())
 monitor.handle(message())
 print("doors after a good request:", len(monitor.doors))
-monitor.close_all()
+monitor.stop()
 """
 
 
 @needs_root
-def test_a_listener_that_was_taken_over_gets_refusals_only(box):
+def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_monitor(box):
     conf = second_server(box, "monitor")
     make_client(box.lab, box.client, box.server, conf, "monitor@example.com", ("O 22",), directory="monitor-client")
-    done = box.server.run(sys.executable, "-c", MONITOR, box.lab.dir / "tariq.py", conf, "many")
-    assert "doors at the most: 64\n" in done.stdout
+    done = box.server.run(sys.executable, "-c", MONITOR, box.lab.dir / "tariq.py", conf)
     assert "answers that say done: 0 doors: 0\n" in done.stdout and "doors after a good request: 1" in done.stdout, done.stdout
     assert "Traceback" not in done.stderr and done.stderr.count("malformed message") > 15
+    assert "\n<3>forged" not in done.stderr and max(map(len, done.stderr.splitlines())) < 1100
+    assert "-A monitor" not in box.server.run("iptables", "-S", "monitor").stdout, "stop() flushes"
 
-
-# ---- bad input: one clear line, an exit code of its own, never a traceback ----------------------------------------------
 
 @needs_root
 def test_every_error_of_the_client_is_one_line_with_its_own_code(box, tmp_path):
@@ -1541,11 +1688,11 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box, tmp_path):
         (("E",), {}, 64, "needs O PORT"), (("E", "a\nb"), {}, 64, "printable"), (("E", "echo", "x" * 900), {}, 64, "bytes too long"),
         (("O", "22"), dict(options=("-p", "1,2,3")), 64, "needs 5 to 32"), (("O", "22"), dict(options=("-t", "x")), 64, "whole number of seconds"),
         (("O", "22"), dict(options=("-t", "0")), 64, "1 to 999"),
-        (("O", "22"), dict(options=("--transport", "pigeon")), 64, "invalid choice"), (("O", "22"), dict(options=("-4", "-6")), 64, "not allowed"),
+        (("O", "22"), dict(options=("--transport", "pigeon")), 64, "invalid choice"), 
         (("O", "22"), dict(options=("-i", covers)), 65, "needs PNG images"), (("O", "22"), dict(options=("-u", "who@example.com")), 65, "gpg: "),
         (("O", "22"), dict(conf=box.me.parent / "none.conf"), 78, "none.conf: No such file"), (("O", "22"), dict(conf=loose), 78, "chmod 600"),
         (("O", "22"), dict(conf=nobody_reads), 78, "Permission denied"), (("O", "22"), dict(options=("-g", "/nonexistent")), 78, "keyring"),
-        (("O", "22"), dict(where="unknown.example.com"), 78, "[unknown.example.com] secret_ports is missing"),
+        (("O", "22"), dict(where="unknown.example.com"), 78, "[unknown.example.com] server_key is missing"),
         (("O", "22"), dict(options=("--transport", "crafted")), 71, "CAP_NET_RAW"),
         (("O", "23"), {}, 77, "not allowed to"),
     ]
@@ -1560,9 +1707,8 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box, tmp_path):
 def test_a_missing_program_or_package_is_named_with_what_to_install(box):
     script = "import sys; sys.modules['{0}'] = None; sys.argv = {1!r}; import runpy; runpy.run_path({2!r}, run_name='__main__')"
     program = str(box.lab.dir / "tariq.py")
-    for module, argv, user in (("PIL", ["t", "knock", "-c", str(box.me), "box", "O", "22"], NOBODY),
-                               ("scapy", ["t", "knock", "-c", str(box.me), "--transport", "crafted", "box", "O", "22"], None),
-                               ("scapy", ["t", "server", "-c", str(box.conf)], None), ("PIL", ["t", "server", "-c", str(box.conf)], None)):
+    for module, argv, user in (("PIL", ["t", "knock", "-c", str(box.me), "-i", "/tmp", "box", "O", "22"], NOBODY),
+                               ("scapy", ["t", "knock", "-c", str(box.me), "--transport", "crafted", "box", "O", "22"], None)):
         done = box.client.run(sys.executable, "-c", script.format(module, argv, program), user=user, check=False)
         assert done.returncode == 69 and "apt-get install" in done.stderr and module in done.stderr, done
         assert done.stderr.count("\n") == 1
@@ -1578,13 +1724,13 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
 
 
 @needs_root
-def test_a_kernel_without_fast_open_is_named_with_what_to_do(box):
+def test_a_kernel_without_fast_open_knocks_by_udp(box):
     box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=0")
     try:
         done = knock(box, "O", "22")
     finally:
         box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=1")
-    assert done.returncode == 71 and "net.ipv4.tcp_fastopen=1" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 0, "udp gets in"
 
 
 @needs_root
@@ -1598,27 +1744,20 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
         path.write_text(text.replace(old, new))
         path.chmod(mode)
         return path
-    user = config_values(box.conf, "server")["server_user"]
-    cases = [(variant, ("[allow]", "[allow]\nnobody@example.com =\n    O 22\n"), 78, "nobody@example.com matches 0 keys"),
-             (variant, (f"server_user = {user}", "server_user = nobody@example.com"), 78, "matches 0 keys"),
-             (variant, (f"server_user = {user}", ""), 78, "server_user is missing"),
-             (variant, ("server_gpg_dir = ", "server_gpg_dir = /nonexistent"), 78, "keyring"),
-             (variant, ("[server]", "[server]\nopen_timeout = soon"), 78, "[server] open_timeout: needs"),
+    key = config_values(box.conf, "server")["server_key"]
+    cases = [(variant, (f"server_key = {key}", "server_key = me"), 78, "server_key: needs a key's fingerprint"),
+             (variant, (f"server_key = {key}", ""), 78, "server_key is missing"),
+             (variant, (f"server_key = {key}", f"server_key = {key[::-1]}"), 65, "the listener died"),
+             (variant, ("server_gpg_dir = ", "server_gpg_dir = /nonexistent"), 69, "/nonexistent"),
              (variant, ("[server]", "[server]\nopen_tcp_port = -A tariq {ip} {dport} {until} --nonsense"), 71, "iptables"),
              (variant, ("[server]", "[server]\nopen_tcp_port = -A other {ip} {dport} {until}"), 78, "iptables_chain"),
-             (variant, ("[allow]", "[allow]\nx = E"), 78, "[allow] x: needs"), (variant, ("[server]", "[sever]"), 78, "[server]"),
-             (variant, ("[server]", "[server]", 0o644), 78, "chmod 600")]
+             (variant, ("[server]", "[server]\nopen_command = true {ip} {dport}"), 78, "close_command is missing"),
+             (variant, ("[server]", "[sever]"), 78, "[server]"), (variant, ("[server]", "[server]", 0o644), 78, "chmod 600")]
     for make, arguments, code, words in cases:
         path = make(*arguments)
         done = box.other.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", path, check=False)
-        lines = [line for line in done.stderr.splitlines() if not line.startswith("<")]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("tariq: ")]
         assert done.returncode == code and len(lines) == 1 and words in lines[0], (arguments, done)
-    # two keys for one email: ambiguous
-    server_gpg(box, "--quick-generate-key", "Twin <twin@example.com>", "future-default", "default", "never")
-    server_gpg(box, "--quick-generate-key", "Other <twin@example.com>", "future-default", "default", "never")
-    path = variant("[allow]", "[allow]\ntwin@example.com =\n    O 22\n")
-    done = box.other.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", path, check=False)
-    assert done.returncode == 78 and "matches 2 keys" in done.stderr and "fingerprint" in done.stderr
     done = box.other.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", box.conf, user=NOBODY, check=False)
     assert done.returncode == 71 and "root" in done.stderr
 
@@ -1628,13 +1767,13 @@ def test_the_server_stops_cleanly_on_both_signals_and_leaves_an_empty_chain(box)
     conf = second_server(box, "stopping")
     client = make_client(box.lab, box.client, box.server, conf, "stop@example.com", directory="stopping-client")
     for number in (signal.SIGTERM, signal.SIGINT):
-        server = Server(box.lab, box.server, conf).wait_log("listening on")
+        server = Server(box.lab, box.server, conf).wait_log("listening for")
         listener = server.listener
         assert knock(box, "O", "22", conf=client).returncode == 0
         assert "-A stopping" in box.server.run("iptables", "-S", "stopping").stdout
         assert server.stop(number) == 0
         assert "-A stopping" not in box.server.run("iptables", "-S", "stopping").stdout
-        assert not Path(f"/proc/{listener}").exists() and "Traceback" not in server.log
+        assert not alive(listener) and "Traceback" not in server.log
 
 
 @needs_root
@@ -1642,7 +1781,7 @@ def test_two_stop_signals_at_once_still_flush_the_chain(box):
     conf = second_server(box, "twice")
     client = make_client(box.lab, box.client, box.server, conf, "twice@example.com", directory="twice-client")
     for _ in range(3):
-        server = Server(box.lab, box.server, conf).wait_log("listening on")
+        server = Server(box.lab, box.server, conf).wait_log("listening for")
         assert knock(box, "O", "22", conf=client).returncode == 0
         server.process.send_signal(signal.SIGINT)
         assert server.stop(signal.SIGTERM) == 0
@@ -1653,10 +1792,10 @@ def test_two_stop_signals_at_once_still_flush_the_chain(box):
 def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay(box):
     conf = second_server(box, "hanging")
     client = make_client(box.lab, box.client, box.server, conf, "hang@example.com", directory="hanging-client")
-    server = Server(box.lab, box.server, conf).wait_log("listening on")
+    server = Server(box.lab, box.server, conf).wait_log("listening for")
     os.kill(server.listener, signal.SIGSTOP)
     assert server.stop() == 0, "a listener that reads nothing any more cannot hold up the stop"
-    server = Server(box.lab, box.server, conf).wait_log("listening on")
+    server = Server(box.lab, box.server, conf).wait_log("listening for")
     listener = server.listener
     server.process.send_signal(signal.SIGSTOP)  # so that a request waits unread when the monitor dies
     assert knock(box, "O", "22", conf=client, timeout=1).returncode == 75
@@ -1665,74 +1804,73 @@ def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay(box):
 
 
 @needs_root
-def test_the_listener_has_neither_the_monitors_terminal_nor_its_log(box):
+def test_the_listener_has_nothing_of_the_monitors_surroundings(box):
     pid = box.tariq.listener
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     assert (words[3], words[4]) == (str(pid), "0"), "a session of its own, and no terminal"
     links = {number: os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)}
-    assert links[0] == links[1] == "/dev/null" and links[2].startswith("pipe:")
+    assert links[1] == links[2] == "/dev/null" and links[0].endswith("tariq.py")
+    assert os.readlink(f"/proc/{pid}/cwd") == "/" and Path(f"/proc/{pid}/environ").read_bytes() == b""
 
 
 @needs_root
 def test_a_second_server_with_the_same_chain_does_not_start(box):
     done = box.server.run(*PYTHON, box.lab.dir / "tariq.py", "server", "-c", box.conf, check=False)
-    assert done.returncode == 71 and "runs already" in done.stderr and "iptables" not in done.stderr
+    assert done.returncode == 71 and "runs already" in done.stderr and "+ iptables" not in done.stderr
     assert knock(box, "O", "22").returncode == 0
 
 
 @needs_root
-def test_a_new_chain_at_reload_is_refused_so_that_no_door_is_forgotten(box):
-    text = box.conf.read_text()
-    box.conf.write_text(text.replace("[server]\n", "[server]\niptables_chain = other\n"))
-    try:
-        box.tariq.process.send_signal(signal.SIGHUP)
-        box.tariq.wait_log("a new one takes a restart")
-    finally:
-        box.conf.write_text(text)
-    assert knock(box, "O", "22").returncode == 0 and len(box.server.rules()) == 1
-
-
-@needs_root
-def test_enrolment_takes_no_impostor_no_secret_key_and_not_two_keys(box):
+def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     ring = box.lab.dir / "impostor"
     sh("install", "-d", "-m", "700", ring)
-    gpg = ["gpg", "--homedir", ring, "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
-    mine, server = fingerprint(box, "me@laptop"), config_values(box.conf, "server")["server_user"]
-    named = box.conf.read_text()
-    box.conf.write_text(named.replace(f"{mine} =", "me@laptop ="))  # as one sets up by hand
-    try:
-        for user, words in (("Mallory <me@laptop>", "the name of another user"), (f"Mallory <{server}>", "the name of another user"),
-                            ("mallory@example.com", "needs one public key")):
-            sh(*gpg, "--quick-generate-key", user, "future-default", "default", "never")
-            export = "--export-secret-keys" if "@example.com" in user else "--export"
-            key = subprocess.run([*map(str, gpg), export, user], capture_output=True, check=True).stdout
-            before = server_gpg(box, "--with-colons", "--list-keys").stdout
-            done = subprocess.run(box.server.command([*PYTHON, box.lab.dir / "tariq.py", "enroll", "-c", box.conf]), input=key,
-                                  capture_output=True, check=False)
-            assert done.returncode == 65 and words.encode() in done.stderr and done.stdout == b"", done
-            assert server_gpg(box, "--with-colons", "--list-keys").stdout == before, "nothing is imported"
-        both = subprocess.run([*map(str, gpg), "--export"], capture_output=True, check=True).stdout
-        done = subprocess.run(box.server.command([*PYTHON, box.lab.dir / "tariq.py", "enroll", "-c", box.conf]), input=both,
+    for user in ("Mallory <me@laptop>", "mallory@example.com"):
+        sh(*gpg(ring, "--quick-generate-key", user, "future-default", "default", "never"))
+    def keys():
+        return re.findall("(?m)^pub.*", server_gpg(box, "--with-colons", "--list-keys").stdout)
+    text, before = box.conf.read_text(), keys()
+    for export, words in ((("--export", "<me@laptop>"), "me@laptop is another client's name"), (("--export-secret-keys", "Mallory"), "needs one public key"),
+                          (("--export",), "needs one public key"), (("--export", "nobody"), "needs one public key")):
+        key = subprocess.run(gpg(ring, *export), capture_output=True, check=True).stdout
+        done = subprocess.run(box.server.command([*PYTHON, box.lab.dir / "tariq.py", "enroll", "-c", box.conf]), input=key,
                               capture_output=True, check=False)
-        assert done.returncode == 65
+        assert done.returncode == 65 and words.encode() in done.stderr and done.stdout == b"", done
+        assert keys() == before and box.conf.read_text() == text, "nothing is imported"
+    key = sh(*gpg(ring, "--armor", "--export", "<me@laptop>")).stdout
+    for name in ("me@laptop", "two\nlines", "a]b", ""):
+        done = box.lab.tariq(box.server, "enroll", "-c", box.conf, "--name", name, input=key, stdin=None, check=False)
+        assert done.returncode == 65 and box.conf.read_text() == text, name
+    try:
+        done = box.lab.tariq(box.server, "enroll", "-c", box.conf, "--name", "other one", input=key, stdin=None)
+        assert "[allow other one]" in box.conf.read_text() and "profile" in done.stdout
+        again = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=key, stdin=None)
+        assert "already: nothing changed" in again.stderr and again.stdout == done.stdout
     finally:
-        box.conf.write_text(named)
+        box.conf.write_text(text)
 
 
 @needs_root
-def test_a_known_client_cannot_take_a_further_name_that_is_somebody_elses(box):
-    conf = second_client(box, "climber")
-    mine, text = fingerprint(box, "climber@example.com"), box.conf.read_text()
-    gpg = ["gpg", "--homedir", conf.parent / "gpg", "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
-    box.client.run(*gpg, "--quick-add-uid", mine, "Boss <boss@example.com>", user=NOBODY)
-    box.conf.write_text(text + "boss@example.com =\n    O 22\n")
-    try:
-        key = box.client.run(*gpg, "--armor", "--export", mine, user=NOBODY).stdout
-        done = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=key, stdin=None, check=False)
-        assert done.returncode == 65 and "the name of another user" in done.stderr
-        assert "boss@" not in server_gpg(box, "--with-colons", "--list-keys").stdout
-    finally:
-        box.conf.write_text(text)
+def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
+    text = box.me.read_text()
+    profile = box.lab.tariq(box.server, "enroll", "-c", box.conf, stdin=None,
+                            input=sh(*box.client.command(gpg(box.me.parent / "gpg", "--armor", "--export", "<me@laptop>"), NOBODY)).stdout).stdout
+    mine = config_values(box.me, "box")["server_key"]
+    for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("", "no profile on stdin"),
+                         (re.sub("secret = .*", f"secret = {SECRET}", profile), "has other values"), (profile[:100], "no profile"),
+                         (profile.replace("secret_ports = ", "secret_ports = 1,"), "has other values")):
+        done = box.lab.tariq(box.client, "join", "-c", box.me, "box", user=NOBODY, input=given, stdin=None, check=False)
+        assert done.returncode == 65 and words in done.stderr and box.me.read_text() == text, (words, done)
+    assert box.lab.tariq(box.client, "join", "-c", box.me, "box", user=NOBODY, input=profile, stdin=None).returncode == 0
+
+
+@needs_root
+def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box):
+    done = box.lab.tariq(box.server, "init", "-c", box.conf)
+    assert "is there already: nothing changed" in done.stderr
+    own = "mount -t tmpfs tmpfs /run && cp /etc/passwd /run/p && sed -i 's/^tariq:x:[0-9]*/tariq:x:1000/' /run/p && mount --bind /run/p /etc/passwd"
+    done = box.server.run("unshare", "-m", "sh", "-c", f"{own}; exec \"$@\"", "sh", *PYTHON, box.lab.dir / "tariq.py", "init", "-c",
+                          box.lab.dir / "person" / "tariq.conf", check=False)
+    assert done.returncode == 71 and "is a person's" in done.stderr and not (box.lab.dir / "person").exists()
 
 
 @needs_root
@@ -1746,7 +1884,7 @@ def test_what_enroll_writes_can_always_be_read_again(box):
         done = subprocess.run([*enroll, "--allow", "E echo 'a #b'"], input=keys[0], capture_output=True, check=False)
         assert done.returncode == 64 and b"is a comment" in done.stderr, done
         assert box.conf.read_text() == text
-        box.conf.write_text(text[:text.index("[allow]")] + "[allow]")  # an editor that leaves out the last newline
+        box.conf.write_text(text[:text.index("[allow")] + "# mine")  # an editor that leaves out the last newline
         together = [subprocess.Popen(enroll, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in keys]
         for process, key in zip(together, keys):  # all at once: none may lose another's entry
             process.stdin.write(key)
@@ -1755,7 +1893,7 @@ def test_what_enroll_writes_can_always_be_read_again(box):
         for process in together:
             process.stdout.close()
             process.stderr.close()
-        assert len(tariq.Config(box.conf).allowed()) == 4 and "many3@example.com" in box.conf.read_text()
+        assert len(tariq.Config(box.conf).clients()) == 4 and "# mine" in box.conf.read_text() and "many3@example.com" in box.conf.read_text()
     finally:
         box.conf.write_text(text)
 
@@ -1768,23 +1906,7 @@ def test_one_config_may_serve_both_roles_and_be_enrolled_in_itself(box):
     conf.write_text(conf.read_text() + f"[client]\nuser = me@itself\nclient_gpg_dir = {conf.parent}/client-gpg\n")
     box.server.run("sh", "-c", line, timeout=30)
     config = tariq.Config(conf)
-    assert config.ini.has_section("itself") and list(config.allowed().values()) == [[["O", "22/tcp"]]]
-
-
-@needs_root
-def test_init_keeps_the_key_of_a_server_that_was_made_by_hand(box):
-    conf = second_server(box, "handmade")
-    ring = box.lab.dir / "handmade-ring"
-    owner = pwd.getpwnam("tariq")
-    sh("install", "-d", "-m", "700", "-o", "tariq", "-g", str(owner.pw_gid), ring)
-    gpg = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "gpg", "--homedir", ring, "--batch",
-           "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
-    sh(*gpg, "--quick-generate-key", "Tariq <tariq@handmade.example.com>", "future-default", "default", "never", cwd="/")
-    text = re.sub("(?m)^server_gpg_dir = .*", f"server_gpg_dir = {ring}", conf.read_text())
-    conf.write_text(re.sub("(?m)^server_user = .*", "server_user = tariq@handmade.example.com", text))
-    for _ in range(2):
-        box.lab.tariq(box.server, "init", "-c", conf)
-    assert sh(*gpg, "--with-colons", "--list-keys", cwd="/").stdout.count("pub:") == 1
+    assert config.ini.has_section("itself") and config.get("may", ["allow me@itself"]) == [["O", "22/tcp"]]
 
 
 @needs_root
@@ -1794,43 +1916,41 @@ def test_daemons_that_commands_leave_behind_hold_nothing_of_the_monitors(box):
     for _ in range(4):
         assert knock(box, "E", "sh", "-c", "sleep 20 & echo started").stdout == "started\n"
     wait_for(lambda: (len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))) == before, "they leave descriptors or threads")
-    box.server.run("pkill", "-f", "^sleep 20$", check=False)
-
-
-def test_the_monitor_notices_a_listener_that_closes_its_end():
-    monitor = object.__new__(tariq.Monitor)
-    monitor.words, words = os.pipe()
-    os.set_blocking(monitor.words, False)
-    assert monitor.relay_words(), "nothing said is no end"
-    os.close(words)
-    assert not monitor.relay_words()
-    os.close(monitor.words)
 
 
 @needs_root
 def test_a_user_id_with_a_name_before_the_email_works_throughout(box):
     conf = make_client(box.lab, box.client, box.server, box.conf, "Full Name <full@example.com>", directory="full-name")
     assert knock(box, "O", "22", conf=conf).returncode == 0
-    assert "Full Name <full@example.com> " in box.tariq.log
+    assert "\nfull@example.com " in box.tariq.log
 
 
 @needs_root
 def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
-    wrap = "unseal = tariq.Keyring.unseal\ntariq.Keyring.unseal = lambda *a: (lambda signer, plain: (signer, {}))(*unseal(*a))"
-    for plain in ("b''", "plain[:12]", "plain[:13]", "plain[:20]"):
-        done = knock(box, "O", "22", timeout=1, change=wrap.format(plain))
-        assert done.returncode == 75 and "Traceback" not in done.stderr, done
-    done = knock(box, "O", "22", change=wrap.format(r"plain.replace(b'opened', b'\x1b[2Jopened')"))
+    """Its replies are right but for their contents: changed where the client has opened them."""
+    wrap = ("unframe = tariq.unframe\n"
+            "def hostile(key, label, payload, least):\n"
+            "    opened = unframe(key, label, payload, 0)\n"
+            "    data = opened and label == b'result' and ({}) or opened and opened[1]\n"
+            "    return (opened[0], data) if opened and len(data) >= least else None\n"
+            "tariq.unframe = hostile")
+    for data in ("opened[1][:1]", r"b'\1\0'", r"b'\1\0\xff\xfe'"):
+        done = knock(box, "O", "22", timeout=1, change=wrap.format(data))
+        assert done.returncode in (0, 75) and "Traceback" not in done.stderr, done
+    done = knock(box, "O", "22", change=wrap.format(r"opened[1].replace(b'opened', b'\x1b[2Jopened')"))
     assert done.returncode == 0 and done.stdout.startswith("\\x1b[2Jopened")
-    done = knock(box, "O", "23", change=wrap.format("plain.replace(bytes([77]) + b'refused', bytes([0]) + b'refused')"))
+    done = knock(box, "O", "23", change=wrap.format("opened[1][:1] + bytes([0]) + opened[1][2:]"))
     assert done.returncode == 77, "a refusal is one, whatever status it claims"
+    challenge = wrap.replace("b'result'", "b'challenge'")
+    done = knock(box, "O", "22", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
+    assert done.returncode == 76 and "\x1b" not in done.stderr and "Traceback" not in done.stderr
 
 
 @needs_root
 def test_a_command_ends_with_the_server(box):
     conf = second_server(box, "ending")
     client = make_client(box.lab, box.client, box.server, conf, "end@example.com", ("E sleep *",), directory="ending-client")
-    server = Server(box.lab, box.server, conf).wait_log("listening on")
+    server = Server(box.lab, box.server, conf).wait_log("listening for")
     with running(box, "E", "sleep", "7777", conf=client):
         server.wait_log("+ sleep 7777")
         time.sleep(0.2)
@@ -1842,19 +1962,19 @@ def test_a_command_ends_with_the_server(box):
 def test_every_change_to_the_machine_is_logged_before_it_runs(box):
     assert knock(box, "O", "22").returncode == 0 and knock(box, "E", "echo", "a b").returncode == 0
     lines = box.tariq.log.splitlines()
-    rule = max(index for index, line in enumerate(lines) if line.startswith(f"<5>+ iptables -w 5 -A tariq -s {box.client.ip} "))
+    rule = max(index for index, line in enumerate(lines) if line.startswith(f"+ iptables -w 5 -A tariq -s {box.client.ip} "))
     assert any(f"{box.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[rule:])
-    assert "<5>+ echo 'a b'" in lines
+    assert "+ echo 'a b'" in lines
 
 
 @needs_root
 def test_the_server_warns_where_nothing_is_hidden(box):
     conf = make_server(box.lab, box.other, "warned")
-    server = Server(box.lab, box.other, conf).wait_log("listening on")
+    server = Server(box.lab, box.other, conf).wait_log("listening for")
     assert server.log.count("INPUT does not drop") == 2
     assert server.stop() == 0
     box.other.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "REJECT")
-    server = Server(box.lab, box.other, conf).wait_log("listening on")
+    server = Server(box.lab, box.other, conf).wait_log("listening for")
     assert "iptables: INPUT has a REJECT rule" in server.log and server.stop() == 0
     box.other.run("iptables", "-F", "INPUT")
 
@@ -1891,9 +2011,9 @@ def variant(place, **settings):
 
 
 @contextlib.contextmanager
-def serving(place, prefix=(), ready="listening on", **settings):
+def serving(place, prefix=(), ready="listening for", program="tariq.py", **settings):
     """A server meanwhile. However the test treated it: no traceback, and a clean end where it still runs."""
-    server = Server(place.lab, place.server, variant(place, **settings), prefix=prefix)
+    server = Server(place.lab, place.server, variant(place, **settings), program=program, prefix=prefix)
     try:
         yield server.wait_log(ready)
         if server.process.poll() is None:
@@ -1907,11 +2027,11 @@ def serving(place, prefix=(), ready="listening on", **settings):
         server.kill()
 
 
-def attempt(place, *words, transport="kernel", host="box", timeout=10, prefix=(), by=None):
-    """Knock: kernel transport as nobody, crafted as root. Returns the finished process."""
-    return (by or place.client).run(*prefix, *PYTHON, place.lab.dir / "tariq.py", "knock", "-c", place.client_conf, "-t", timeout,
+def attempt(place, *words, transport="kernel", host="box", timeout=10, program="tariq.py", by=None):
+    """Knock: kernel and udp transport as nobody, crafted as root. Returns the finished process."""
+    return (by or place.client).run(*PYTHON, place.lab.dir / program, "knock", "-c", place.client_conf, "-t", timeout,
                                    "--transport", transport, host, *words, check=False, env=HARMLESS,
-                                   user=NOBODY if transport == "kernel" else None)
+                                   user=None if transport == "crafted" else NOBODY)
 
 
 def opens(place, *words, **options):
@@ -2007,7 +2127,6 @@ def deadline_of(printed):
     """'opened ... until 08:24:33Z' -> seconds since the epoch."""
     today = time.strftime("%Y-%m-%d", time.gmtime())
     stamp = time.strptime(f"{today} {re.search(r'until ([0-9:]+)Z', printed)[1]} UTC", "%Y-%m-%d %H:%M:%S %Z")
-    import calendar
     return calendar.timegm(stamp)
 
 
@@ -2260,26 +2379,25 @@ for number in range(int(sys.argv[1])):
     sock.send(frames[number % len(frames)])
 """
 SHIFTED = """
-import os, runpy, sys, time
-clock, path, sys.argv, read_at, shift = time.time, sys.argv[1], sys.argv[4:], 0, 0
+read_at, shift, clock = 0, 0, time.time
 def time_now():
     global read_at, shift
     if time.monotonic() > read_at + 0.05:
-        with open(path) as file:
+        with open({path!r}) as file:
             read_at, shift = time.monotonic(), float(file.read())
     return clock() + shift
 time.time = time_now
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 class Shift:
-    """A clock for processes started with `prefix`: the machine's, and some seconds more."""
+    """A clock for servers that run `program`, both processes: the machine's, and some seconds more."""
 
     def __init__(self, lab):
-        self.path = lab.dir / f"clock-{next(lab.count)}"
+        self.path, self.program = lab.dir / f"clock-{next(lab.count)}", f"shifted-{next(lab.count)}.py"
+        text = (lab.dir / "tariq.py").read_text()
+        (lab.dir / self.program).write_text(text.replace("\nclass Fault", SHIFTED.format(path=str(self.path)) + "\nclass Fault", 1))
         self.set(0)
-        self.prefix = (sys.executable, "-I", "-c", SHIFTED, self.path)
 
     def set(self, seconds):
         new = self.path.with_suffix(".new")
@@ -2309,7 +2427,7 @@ def real_exchange(place):
 
 
 @contextlib.contextmanager
-def nothing_happens(place, server, prefix=()):
+def nothing_happens(place, server, program="tariq.py"):
     """Asserts: meanwhile the server starts no program, sends no packet, changes no rule, writes no line; then a knock works."""
     trace = place.lab.dir / f"trace-{next(place.lab.count)}"
     strace = subprocess.Popen(["strace", "-f", "-qq", "-e", "trace=execve", "-e", "signal=none", "-o", trace,
@@ -2324,8 +2442,8 @@ def nothing_happens(place, server, prefix=()):
         assert trace.read_text() == "" and packets == []
         assert (place.server.rules(), place.server.rules(ip6=True)) == rules
         assert server.log == log
-        opens(place, "E", "echo", "still there", prefix=prefix)  # and the measuring measures
-        assert trace.read_text().count("gpg") >= 3 and trace.read_text().count("execve(") >= 4
+        opens(place, "E", "echo", "still there", program=program)  # and the measuring measures
+        assert trace.read_text().count("gpg") >= 1 and trace.read_text().count("execve(") >= 2
     finally:
         strace.send_signal(signal.SIGINT)
         strace.wait(10)
@@ -2358,11 +2476,11 @@ def test_100000_replayed_packets_after_the_window_start_no_gpg_and_get_no_packet
         fragments, rest = real_exchange(place)
     shift = Shift(place.lab)
     shift.set(4 * 60)  # another server, four minutes later: nothing but the frames' own age can tell it that they are old
-    with serving(place, prefix=shift.prefix) as server:
+    with serving(place, program=shift.program) as server:
         from_another = [from_address(frame, place.other.ip) for frame in fragments + rest]
         shown = attempt(place, "O", "22", timeout=2)
         assert shown.returncode == NO_ANSWER, "the server's clock is not where it should be"
-        with nothing_happens(place, server, shift.prefix):
+        with nothing_happens(place, server, shift.program):
             replay(place.client, server, fragments + rest, len(fragments + rest))
             replay(place.other, server, from_another, len(from_another))
             replay(place.client, server, fragments, 50_000)
@@ -2379,8 +2497,7 @@ case $(cat "{flag}") in
 {name}-hangs) exec sleep 60;;
 {name}-dies) kill -KILL $$;;
 {name}-junk) head -c 3000 /dev/urandom | tee /dev/stderr; exit 0;;
-{name}-lies) status=$(echo "$*" | sed 's/.*--status-fd \([0-9]*\).*/\1/')
-    printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >/dev/fd/$status; exit 0;;
+{name}-lies) printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >&2; exit 0;;
 {name}-fails) echo "{name}: a fault made by the tests" >&2; exit 4;;
 esac
 exec {real} "$@"
@@ -2392,10 +2509,13 @@ exec {real} "$@"
         self.flag = self.dir / "flag"
         self.works()
         for name, real in (programs or {"gpg": "/usr/bin/gpg", "iptables": "/usr/sbin/iptables", "ip6tables": "/usr/sbin/ip6tables"}).items():
-            (self.dir / name).write_text(self.SCRIPT.format(name=name, real=real, flag=self.flag))
+            copy = self.dir / f"{name}.real"
+            shutil.copy(real, copy) if name == "gpg" else copy.symlink_to(real)
+            (self.dir / name).write_text(self.SCRIPT.format(name=name, real=copy if name == "gpg" else real, flag=self.flag))
             (self.dir / name).chmod(0o755)
-        # the first place where the server looks for programs
-        self.prefix = ("sh", "-c", 'mount --bind "$0" /usr/local/sbin && exec "$@"', self.dir)
+        # iptables: the first place where the monitor looks for programs; gpg: where the listener, without a PATH, finds it
+        covers = 'mount --bind "$0" /usr/local/sbin && if test -e "$0/gpg"; then mount --bind "$0/gpg" /usr/bin/gpg; fi'
+        self.prefix = ("sh", "-c", f'{covers} && exec "$@"', self.dir)
 
     def fault(self, name):
         self.flag.write_text(name)
@@ -2415,7 +2535,7 @@ def agent_of(place):
 
 
 @needs_root
-@pytest.mark.parametrize("fault, words", [("gpg-dies", "gpg was killed"), ("gpg-junk", "knock refused: not one encrypted message"),
+@pytest.mark.parametrize("fault, words", [("gpg-dies", "knock refused: gpg: exit status -9"), ("gpg-junk", "knock refused: not one encrypted message"),
                                           ("gpg-lies", "knock refused: not one encrypted message"),
                                           ("gpg-fails", "gpg: a fault made by the tests")])
 def test_a_knock_fails_when_gpg_fails_and_the_next_one_works(place, fault, words):
@@ -2437,7 +2557,7 @@ def test_a_gpg_that_hangs_stops_neither_the_next_knock_nor_the_server(place):
         assert attempt(place, "O", "22", timeout=1).returncode == NO_ANSWER
         fakes.works()
         opens(place, "O", "23", timeout=3)
-        server.wait_log("gpg was killed", timeout=15)
+        server.wait_log("gpg: exit status", timeout=15)
         opens(place)
         assert len(place.server.rules()) == 2
 
@@ -2469,7 +2589,7 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(place):
             timer.join()
         assert statuses <= {0, NO_ANSWER}
         if NO_ANSWER in statuses:
-            assert eventually(lambda: re.search("^<4>.*knock refused: .*gpg", server.log, re.M), 12), "no line says what failed"
+            assert eventually(lambda: re.search("knock refused: gpg", server.log), 12), "no line says what failed"
         opens(place)
         assert {re.search(r"--dport (\d+)", rule)[1] for rule in place.server.rules()} - {"23"} == {"24", "22"}
 
@@ -2485,13 +2605,13 @@ def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same
         fakes.works()
         deadline = deadline_of(opens(place))
         fakes.fault("iptables-fails")
-        assert eventually(lambda: re.search("^<3>.*22/tcp.*a fault made by the tests", server.log, re.M), 8)
+        assert eventually(lambda: re.search("22/tcp is not closed: .*a fault made by the tests", server.log), 8)
         assert attempt(place, "C", "22").returncode == SYSTEM
         assert place.server.rules(), "the fault is no fault"
         time.sleep(max(0, deadline + 1.05 - time.time()))
         assert not place.client.connects(place.server.ip), "the kernel did not close the door"
         fakes.works()
-        assert eventually(lambda: place.server.rules() == [])
+        assert eventually(lambda: place.server.rules() == [], 8)
         opens(place)
         time.sleep(1)  # so that the next rule is another one
         opens(place)
@@ -2515,8 +2635,7 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(place):
     with serving(place, fakes.prefix) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         holder = hold_lock()
         waiting = pool.submit(opens, place)
-        server.wait_log("--dport 22")
-        time.sleep(1)
+        time.sleep(1.5)
         assert not waiting.done()
         holder.communicate("\n")
         waiting.result()
@@ -2550,7 +2669,7 @@ def test_a_full_disk_below_the_keyring_fails_no_later_knock(place):
             full = attempt(place, "O", "22", timeout=3)
             assert full.returncode in (0, NO_ANSWER)
             if full.returncode:
-                assert re.search("^<[34]>.*No space left on device", server.log, re.M), "no line says what is wrong"
+                assert "knock refused: gpg: " in server.log, "no line says what is wrong"
             (disk / "fill").unlink()
             opens(place, "O", "23")
     finally:
@@ -2569,18 +2688,7 @@ def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(place)
 
 
 @needs_root
-def test_the_interface_may_go_down_and_come_back(place):
-    with serving(place) as server:
-        opens(place, "O", "23")
-        sh("ip", "-n", place.server.netns, "link", "set", "eth0", "down")
-        server.wait_log("until it is up again")
-        sh("ip", "-n", place.server.netns, "link", "set", "eth0", "up")
-        sh("ip", "-n", place.server.netns, "addr", "add", f"{place.server.ip6}/64", "dev", "eth0", "nodad")
-        opens(place), opens(place, host="box6")
-
-
-@needs_root
-def test_the_interface_may_appear_after_the_start_and_be_made_anew(place):
+def test_the_interface_may_appear_after_the_start_go_down_and_be_made_anew(place):
     def unplug():
         sh("ip", "-n", place.server.netns, "link", "del", "eth0")
 
@@ -2591,19 +2699,19 @@ def test_the_interface_may_appear_after_the_start_and_be_made_anew(place):
 
     unplug()
     try:
-        with serving(place, ready="waiting for the interface") as server:
-            assert "listening on" not in server.log
+        with serving(place) as server:
+            for _ in range(2):
+                plug()
+                opens(place), opens(place, host="box6")
+                unplug()
+                time.sleep(0.3)
+                assert server.process.poll() is None
             plug()
-            server.wait_log("listening on")
-            opens(place, "O", "23")
-            unplug()
-            server.wait_log("waiting for the interface", 2)
-            time.sleep(1)
-            assert server.process.poll() is None
-            plug()
-            server.wait_log("listening on", 2)
+            sh("ip", "-n", place.server.netns, "link", "set", "eth0", "down")
+            sh("ip", "-n", place.server.netns, "link", "set", "eth0", "up")
+            sh("ip", "-n", place.server.netns, "addr", "add", f"{place.server.ip6}/64", "dev", "eth0", "nodad")
             opens(place), opens(place, host="box6")
-            assert len(place.server.rules()) == 2
+            assert len(place.server.rules()) == 1
     finally:
         if "eth0" not in place.server.run("ip", "link").stdout:
             plug()
@@ -2612,7 +2720,7 @@ def test_the_interface_may_appear_after_the_start_and_be_made_anew(place):
 @needs_root
 def test_doors_close_and_knocks_work_again_though_the_clock_jumps(place):
     shift = Shift(place.lab)
-    with serving(place, shift.prefix, open_timeout=3) as server:
+    with serving(place, program=shift.program, open_timeout=3) as server:
         deadline = deadline_of(opens(place))
         shift.set(-7200)  # the wall clock says that there are two hours and three seconds left
         assert eventually(lambda: not place.server.rules(), 6) and deadline - 0.5 < time.time() < deadline + 3
@@ -2624,6 +2732,386 @@ def test_doors_close_and_knocks_work_again_though_the_clock_jumps(place):
         shift.set(0)
         opens(place)
         assert "knock refused" not in server.log
+
+
+# ---- promise 3 once more: root is standard library only, asleep, and in hostile surroundings ---------------------------
+
+@needs_root
+def test_nothing_of_scapy_pillow_libpcap_or_gpg_runs_or_is_mapped_as_root(place):
+    trace = place.lab.dir / f"trace-{next(place.lab.count)}"
+    with serving(place, prefix=("strace", "-f", "-qq", "-y", "-e", "trace=execve,openat,setresuid,mmap", "-o", trace)) as server:
+        opens(place), opens(place, "E", "echo", "x"), opens(place, "C", "22")
+        monitor = int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[0])
+        maps = Path(f"/proc/{monitor}/maps").read_text()
+        status = Path(f"/proc/{monitor}/status").read_text()
+        os.kill(monitor, signal.SIGTERM)
+        server.process.wait(15)
+    assert not re.search("scapy|PIL|libpcap|libgcrypt", maps)
+    assert int(re.search(r"VmRSS:\s*(\d+)", status)[1]) <= 24 * 1024, "kB"
+    unprivileged, foreign = set(), []
+    for line in trace.read_text(errors="replace").splitlines():
+        pid, call = line.split(maxsplit=1)
+        if call.startswith("setresuid(") and not call.startswith("setresuid(0"):
+            unprivileged.add(pid)
+        elif re.search(r"scapy|/PIL/|libpcap|/gpg", call) and " = -1 " not in call:
+            foreign.append(pid)
+    assert foreign, "the trace shows nothing at all"
+    children = set(re.findall(r"(?m)^(\d+) +execve\(\"[^\"]*/(?:timeout|gpg|gpg-agent|scdaemon)\"", trace.read_text(errors="replace")))
+    assert set(foreign) <= unprivileged | children | {pid for pid in foreign if alive(pid)} and str(monitor) not in foreign
+    for pid in children:  # each was started by the listener, whose ids it has
+        first = next(line for line in trace.read_text(errors="replace").splitlines() if line.startswith(f"{pid} "))
+        assert "execve" in first or "openat" in first or "mmap" in first
+
+
+@needs_root
+def test_the_monitor_sleeps_while_nothing_happens(place):
+    trace = place.lab.dir / f"trace-{next(place.lab.count)}"
+    with serving(place) as server:
+        opens(place)
+        time.sleep(11)  # the result's repeats are over
+        strace = subprocess.Popen(["strace", "-f", "-qq", "-o", trace, "-p", str(server.process.pid), "-p", str(server.listener)])
+        time.sleep(60)
+        strace.send_signal(signal.SIGINT)
+        strace.wait(10)
+        calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
+        assert all(re.match(r"(p?select6?|recvfrom|recvmsg|futex|restart_syscall|<\.\.\.|strace: )", call) for call in calls), calls
+        assert len(calls) <= 6, "each thread waits in one call"
+
+
+@needs_root
+def test_hostile_surroundings_change_nothing(place):
+    """Another time zone, supplementary groups, a poisoned PATH and Python path, a file as stdin, the caller's secrets."""
+    poison = place.lab.dir / f"poison-{next(place.lab.count)}"
+    poison.mkdir()
+    for name in ("iptables", "ip6tables", "gpg", "setpriv", "timeout", "json.py", "argparse.py", "sitecustomize.py"):
+        (poison / name).write_text(f"#!/bin/sh\ntouch {poison}/mark\n" if "." not in name else f"open('{poison}/mark', 'w')\n")
+        (poison / name).chmod(0o755)
+    program = place.lab.dir / "hostile.py"
+    program.write_text((place.lab.dir / "tariq.py").read_text().replace("#!/usr/bin/python3 -I", f"#!{sys.executable} -I", 1))
+    program.chmod(0o755)
+    variables = ["TZ=XXX-13:37", f"PATH={poison}:{os.environ['PATH']}", f"PYTHONPATH={poison}", f"PYTHONSTARTUP={poison}/json.py",
+                 "IPTABLES_LIB_DIR=/nonexistent", "SECRET_OF_ROOT=hunter2", f"GNUPGHOME={poison}", "LC_ALL=tr_TR.UTF-8"]
+    server = Server(place.lab, place.server, variant(place), command=["setpriv", "--groups", "4,24", "env", *variables, program])
+    try:
+        server.wait_log("listening for")
+        opens(place, "E", "echo", "x")
+        end, printed = re.search(r"--datestop (\S+)", opens(place) and place.server.rules()[0])[1], int(time.time()) + 3600
+        stamp = calendar.timegm(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
+        assert abs(stamp - printed) < 10, "UTC, wherever the server thinks it is"
+        assert place.client.connects(place.server.ip)
+        said = opens(place, "E", "echo", "y")
+        assert said == "y\n" and not (poison / "mark").exists()
+        listener = server.listener
+        for pid in (listener, server.process.pid):
+            assert b"hunter2" not in Path(f"/proc/{pid}/environ").read_bytes() or pid != listener
+        assert "Groups:\t \n" in Path(f"/proc/{listener}/status").read_text().replace("Groups:\t\n", "Groups:\t \n")
+        assert os.readlink(f"/proc/{listener}/fd/0").endswith("hostile.py")
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+@needs_root
+def test_the_listener_refuses_to_run_with_a_privilege_left(place):
+    """A setpriv that leaves something: the listener looks at itself before it takes a packet."""
+    for leave in ("--bounding-set=-all", "--no-new-privs", "--clear-groups"):
+        fake = place.lab.dir / f"setpriv-{next(place.lab.count)}"
+        fake.mkdir()
+        (fake / "setpriv").write_text("#!/bin/bash\nwords=()\nfor word; do case $word in " + leave + ") "
+                                      + ("words+=(--groups=4);;" if leave == "--clear-groups" else ";;")
+                                      + " *) words+=(\"$word\");; esac; done\nexec " + str(fake / "real") + " \"${words[@]}\"\n")
+        (fake / "setpriv").chmod(0o755)
+        shutil.copy("/usr/bin/setpriv", fake / "real")
+        prefix = ("sh", "-c", 'mount --bind "$0/setpriv" /usr/bin/setpriv && exec "$@"', fake)
+        server = Server(place.lab, place.server, variant(place), prefix=prefix)
+        assert server.process.wait(20) == 78 and "has to belong to an unprivileged user" in server.log, (leave, server.log)
+
+
+@needs_root
+def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_packet(place):
+    with serving(place) as server:
+        inodes = {link[8:-1] for link in descriptors(server.listener).values() if link.startswith("socket:")}
+        rows = [line.split() for line in Path(f"/proc/{server.listener}/net/packet").read_text().splitlines()[1:]]
+        row, = [row for row in rows if row[8] in inodes]
+        assert row[3] == "0003" and row[4] == "0", "all protocols, all interfaces"
+        script = ("import ctypes, os, socket, struct, sys\n"
+                  "libc = ctypes.CDLL(None, use_errno=True)\n"
+                  "pidfd = os.pidfd_open(int(sys.argv[1]))\n"
+                  "for number in range(3, 64):\n"
+                  "    fd = libc.syscall(438, pidfd, number, 0)\n"
+                  "    if fd >= 0 and (sock := socket.socket(fileno=fd)).family == socket.AF_PACKET: break\n"
+                  "assert sock.family == socket.AF_PACKET\n"
+                  "print('locked', sock.getsockopt(socket.SOL_SOCKET, 44), 'size', sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))\n"
+                  "try:\n"
+                  "    sock.setsockopt(socket.SOL_SOCKET, 27, 0)\n"
+                  "    print('detached')\n"
+                  "except OSError as error:\n"
+                  "    print(error.strerror)\n")
+        said = place.server.run(sys.executable, "-c", script, server.listener).stdout
+        assert said == f"locked 1 size {2 * tariq.RECEIVE_BUFFER}\nOperation not permitted\n"
+        os.kill(server.listener, signal.SIGSTOP)  # so that what passes the filter stays to be counted
+        try:
+            ports = [int(port) for port in config_values(place.conf, "server")["secret_ports"].split(",")]
+            out, into = socket_in(place.server, socket.AF_INET, socket.SOCK_DGRAM), socket_in(place.client, socket.AF_INET, socket.SOCK_DGRAM)
+            for port, size in [(ports[0], 900), (ports[4], 900)]:
+                out.sendto(bytes(size), (place.client.ip, port))  # the server's own
+            for port, size in [(ports[0] ^ 1, 900), (ports[0], 20), (ports[0], 1300)]:
+                into.sendto(bytes(size), (place.server.ip, port))  # other ports and sizes
+            time.sleep(0.2)
+            assert rmem(server.listener) == [0]
+            link = [bytes.fromhex(link_state(host)["address"].replace(":", "")) for host in (place.server, place.client)]
+            inner = packet_of(ports[2], bytes(900), udp=True)
+            for vlan in (7, 0):  # of a VLAN, for its own interface; and with a priority alone, for this one
+                inject(place.client, [link[0] + link[1] + b"\x81\0" + vlan.to_bytes(2, "big") + b"\x08\0" + inner])
+                time.sleep(0.2)
+                assert (rmem(server.listener)[0] > 900) is (vlan == 0)
+        finally:
+            os.kill(server.listener, signal.SIGCONT)
+
+
+@needs_root
+def test_a_command_that_is_killed_at_its_limit_takes_its_children_along(box):
+    done = knock(box, "E", "sh", "-c", "trap '' TERM; sleep 4242 & sleep 4242; true")
+    assert done.returncode == 137
+    assert eventually(lambda: box.server.run("pgrep", "-f", "^sleep 4242$", check=False).stdout == "", 3)
+
+
+@needs_root
+def test_a_session_keyring_of_roots_stays_with_root(place):
+    if not shutil.which("keyctl"):
+        pytest.skip("no keyutils here")
+    with serving(place, prefix=("keyctl", "session", "roots-own")) as server:
+        keys = place.server.run("setpriv", f"--reuid={pwd.getpwnam('tariq').pw_uid}", "--clear-groups", "keyctl", "show", check=False).stdout
+        assert "roots-own" not in keys and server.process.poll() is None
+
+
+# ---- in from anywhere --------------------------------------------------------------------------------------------------
+
+@needs_root
+@pytest.mark.parametrize("lost", ["SYNs with data", "UDP"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_plain_knock_gets_in_through_a_router_that_drops_one_transport(site_with_router, lost, family):
+    lab, server, client, router, conf = site_with_router
+    program = "iptables" if family == 4 else "ip6tables"
+    rule = ["-p", "tcp", "--syn", "-m", "length", "--length", "200:"] if lost != "UDP" else ["-p", "udp"]
+    router.run(program, "-I", "FORWARD", *rule, "-j", "DROP")
+    try:
+        began = time.monotonic()
+        done = lab.tariq(client, "knock", "-c", conf, f"box{family}", "O", "22", user=NOBODY, check=False)
+        took = time.monotonic() - began
+        only = "kernel" if lost != "UDP" else "udp"
+        alone = lab.tariq(client, "knock", "-c", conf, "-t", "1", "--transport", only, f"box{family}", "C", "22", user=NOBODY, check=False)
+    finally:
+        counted = router.run(program, "-nvxL", "FORWARD").stdout
+        router.run(program, "-D", "FORWARD", *rule, "-j", "DROP")
+    assert done.returncode == 0, done.stderr
+    assert alone.returncode == 75 and int(counted.splitlines()[2].split()[0]) >= 5, "the router drops nothing"
+    print(f"in after {took:.2f} s; wanted: 2 s")
+
+
+@pytest.fixture(scope="module")
+def site_with_router():
+    """A client behind a NAT router, IPv4 and IPv6, and a server: (lab, server, client, router, the client's config)."""
+    with Lab() as lab:
+        server, router, client = lab.host("server", 10), lab.host("router", 40), Host(lab, "inner", 2, prefix="192.0.2", prefix6="2001:db8:2:")
+        sh("ip", "link", "add", "eth0", "netns", client.netns, "type", "veth", "peer", "name", "in0", "netns", router.netns)
+        for host, interface, addresses in ((client, "eth0", ("192.0.2.2/24", "2001:db8:2::2/64")), (router, "in0", ("192.0.2.1/24", "2001:db8:2::1/64"))):
+            for address in addresses:
+                sh("ip", "-n", host.netns, "addr", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
+            sh("ip", "-n", host.netns, "link", "set", interface, "up")
+        for family, gateway in (("-4", "192.0.2.1"), ("-6", "2001:db8:2::1")):
+            sh("ip", family, "-n", client.netns, "route", "add", "default", "via", gateway)
+        router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        for program in "iptables", "ip6tables":
+            router.run(program, "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+        server.drop_policy()
+        conf = make_server(lab, server)
+        mine = make_client(lab, client, server, conf, host="box4")
+        text = mine.read_text().replace("user = ", "# behind NAT, so that no address is this machine's own\nuser = ")
+        section = text[text.index("[box4]"):]
+        mine.write_text(f"{text}\n{section.replace('[box4]', '[box6]').replace(server.ip, server.ip6)}")
+        (lab.dir / "tariq.py").write_text((lab.dir / "tariq.py").read_text().replace('"fc00::/7', '"192.0.2.0/24 2001:db8:2::/64 fc00::/7'))
+        Server(lab, server, conf).wait_log("listening for")
+        yield lab, server, client, router, mine
+
+
+@needs_root
+def test_udp_needs_nothing_that_is_linuxs_own_and_no_package(box):
+    """Away with: scapy, Pillow, fcntl, AF_PACKET, MSG_FASTOPEN, numbers for setsockopt, /proc. As on macOS, BSD, Termux."""
+    change = ("import builtins, socket, sys\n"
+              "for name in ('AF_PACKET', 'MSG_FASTOPEN', 'SOCK_NONBLOCK', 'SOCK_CLOEXEC', 'AF_NETLINK'):\n"
+              "    delattr(socket, name)\n"
+              "del tariq.fcntl\n"
+              "def refuse(self, *a): raise AssertionError('setsockopt')\n"
+              "socket.socket.setsockopt = refuse\n"
+              "real = builtins.open\n"
+              "def guarded(path, *a, **k):\n"
+              "    assert not str(path).startswith('/proc'), path\n"
+              "    return real(path, *a, **k)\n"
+              "builtins.open = guarded\n"
+              "for name in ('scapy', 'PIL', 'fcntl', 'ctypes.util'): sys.modules[name] = None\n")
+    done = knock(box, "O", "22", change=change, options=("-v",))
+    assert done.returncode == 0 and "UdpTransport" in done.stderr and "KernelTransport" not in done.stderr, done.stderr
+    done = knock(box, "C", "22", change="import sys\nfor name in ('scapy', 'PIL'): sys.modules[name] = None\n")
+    assert done.returncode == 0, "nor does the kernel transport need a package"
+
+
+@needs_root
+def test_1500_random_datagrams_on_the_right_ports_draw_nothing_not_even_icmp(box):
+    noise, before = socket_in(box.client, socket.AF_INET, socket.SOCK_DGRAM), box.tariq.log
+    with captured(box.server, "-Q", "out", "ip") as packets:
+        for number in range(1500):
+            noise.sendto(os.urandom(random.choice((1, 46, 47, 500, 1200))), (box.server.ip, box.ports[number % 5]))
+        time.sleep(0.3)
+    assert packets == [] and box.tariq.log == before
+
+
+@needs_root
+def test_replies_look_like_linuxs_own(box):
+    """DF and a zero id in the SYN-ACK and in UDP, a random id in the connection; Linux's options, windows, flow label."""
+    for conf, six in ((box.me, False), (with_host(box, box.server.ip6, "look6"), True)):
+        for transport in ("kernel", "udp"):
+            with captured(box.server, "-Q", "out", "ip or ip6") as packets:
+                assert knock(box, "C", "22", conf=conf, options=("--transport", transport)).returncode == 0
+            replies = [frame[14:] for _, frame in packets if frame[20 if six else 23] in (6, 17) and len(frame) > 120]
+            assert len(replies) >= 2
+            for number, ip in enumerate(replies):
+                if six:
+                    assert ip[7] == 64 and int.from_bytes(ip[:4], "big") & 0xFFFFF, "hop limit, flow label"
+                else:
+                    assert ip[8] == 64 and ip[6:8] == b"\x40\0" and ip[1] == 0, "TTL, DF, TOS"
+                    assert (ip[4:6] == b"\0\0") is (transport == "udp" or number == 0)
+                if transport == "kernel":
+                    tcp = ip[40 if six else 20:]
+                    options, window = tcp[20:(tcp[12] >> 4) * 4], int.from_bytes(tcp[14:16], "big")
+                    if number == 0:
+                        mss = 1440 if six else 1460
+                        assert options == b"\2\4" + mss.to_bytes(2, "big") + b"\1\1\4\2\1\3\3\7" and tcp[13] == 0x12
+                        assert window == (64800 if six else 64240)
+                    else:
+                        assert options == b"" and tcp[13] == 0x18 and window == 501
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["vlan", "bridge", "vlan on a bridge"])
+def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kind):
+    with Lab() as lab:
+        server, client = lab.host("server", 10), lab.host("client", 20)
+        server.drop_policy()
+        conf = make_server(lab, server)
+        mine = make_client(lab, client, server, conf)
+        running_server = Server(lab, server, conf).wait_log("listening for")
+        under = "eth0"
+        if "bridge" in kind:
+            for words in ("link add br0 type bridge forward_delay 0", "link set eth0 master br0", "addr flush dev eth0", "link set br0 up",
+                          f"addr add {server.ip}/24 dev br0"):
+                sh("ip", "-n", server.netns, *words.split())
+            under = "br0"
+        if "vlan" in kind:
+            if "Unknown device type" in sh("ip", "-n", server.netns, "link", "add", "link", under, "name", "try", "type", "vlan", "id", "9",
+                                           check=False).stderr:
+                pytest.skip("this kernel has no VLAN devices; the filter's test sends tagged frames")
+            for host, link, address in ((server, under, "203.0.113.1"), (client, "eth0", "203.0.113.2")):
+                sh("ip", "-n", host.netns, "link", "add", "link", link, "name", "lan7", "type", "vlan", "id", "7")
+                sh("ip", "-n", host.netns, "addr", "add", f"{address}/24", "dev", "lan7")
+                sh("ip", "-n", host.netns, "link", "set", "lan7", "up")
+            mine.write_text(mine.read_text().replace(server.ip, "203.0.113.1"))
+        time.sleep(0.5)
+        for transport, user in (("kernel", NOBODY), ("udp", NOBODY), ("crafted", None)):
+            done = lab.tariq(client, "knock", "-c", mine, "-t", "3", "--transport", transport, "box", "O", "22", user=user, check=False)
+            assert done.returncode == 0, f"{transport}: {done.stderr}{running_server.log}"
+        assert running_server.log.count(": opened") == 3 and "refused" not in running_server.log
+        assert running_server.stop() == 0
+
+
+# ---- other firewalls -----------------------------------------------------------------------------------------------------
+
+@needs_root
+def test_a_door_is_said_to_be_open_only_if_input_leads_to_it(place):
+    with serving(place) as server:
+        for take_away in (("nft", "flush", "ruleset"), ("iptables", "-D", "INPUT", "-j", "tariq"), ("iptables", "-F", "tariq")):
+            opens(place)
+            place.server.run(*take_away)
+            if take_away[0] == "nft":
+                place.server.drop_policy()
+            assert not place.client.connects(place.server.ip)
+            opens(place)
+            assert place.client.connects(place.server.ip), take_away
+            assert len(place.server.rules()) == 1
+        assert "iptables -w 5 -I INPUT -j tariq" in server.log
+        opens(place, host="box6")
+
+
+@needs_root
+def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(place):
+    """An iptables without its time match: the real one, whose extension is covered."""
+    extension, = (path for path in sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.split())
+    prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
+    with serving(place, prefix, open_timeout=2) as server:
+        assert "has this kernel no time match" in server.log and "chain tariq, this server ends doors" in server.log
+        deadline = deadline_of(opens(place))
+        assert "--datestop" not in place.server.rules()[0] and place.client.connects(place.server.ip)
+        assert eventually(lambda: not place.server.rules(), 5) and abs(time.time() - deadline) < 2.5
+        opens(place)
+    assert place.server.rules() == [], "flushed at stop"
+    mission = "-A tariq -s {ip} -p tcp -m state --state NEW -m tcp --dport {dport} -j ACCEPT"
+    with serving(place, open_tcp_port=mission, open_timeout=2) as server:
+        assert "this server ends doors" in server.log
+        opens(place)
+        assert place.client.connects(place.server.ip) and eventually(lambda: not place.server.rules(), 5)
+
+
+@needs_root
+def test_open_timeout_in_a_clients_section_overrides_the_servers(place):
+    text = place.conf.read_text()
+    with serving(place, open_timeout=3600) as server:
+        server.conf.write_text(server.conf.read_text().replace("may =", "open_timeout = 2\nmay ="))
+        deadline = deadline_of(opens(place))
+        assert 0 < deadline - time.time() < 3 and eventually(lambda: not place.server.rules(), 5)
+    assert place.conf.read_text() == text
+
+
+@needs_root
+def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
+    """The README's recipe as it stands."""
+    table, (commands, *_) = blocks("Other firewalls", "nft")[0], blocks("Other firewalls", "ini")
+    settings = dict(line.split(" = ", 1) for line in commands.strip().splitlines())
+    with Lab() as lab:
+        server, client, other = lab.host("server", 10), lab.host("client", 20), lab.host("other", 30)
+        start_sshd(lab, server)
+        server.run("nft", "-f", "-", input=table, stdin=None)
+        conf = make_server(lab, server, open_timeout=3, **settings)
+        mine = make_client(lab, client, server, conf, allow=("O 22", "C 22", "O 53/udp"))
+        running_server = Server(lab, server, conf).wait_log("open_command opens, this server ends doors")
+        sixth = mine.with_name("six.conf")
+        sixth.write_text(mine.read_text().replace(server.ip, server.ip6))
+        sixth.chmod(0o600)
+        os.chown(sixth, NOBODY, NOBODY)
+
+        def knock_at(*words, conf=mine, **options):
+            return lab.tariq(client, "knock", "-c", conf, "box", *words, user=NOBODY, **options)
+        for conf_of_client, address in ((mine, server.ip), (sixth, server.ip6)):
+            assert not client.connects(address)
+            knock_at("O", "22", "53/udp", check=False, conf=conf_of_client) if conf_of_client is mine else knock_at("O", "22", conf=conf_of_client)
+            assert client.connects(address) and not other.connects(address)
+            assert eventually(lambda: not client.connects(address), 6), "the set's element ends"
+            knock_at("O", "22", conf=conf_of_client)
+            knock_at("C", "22", conf=conf_of_client)
+            assert not client.connects(address)
+        knock_at("O", "22")
+        running_server.process.kill()
+        running_server.process.wait()
+        assert eventually(lambda: not client.connects(server.ip), 6), "kill -9 leaves nothing open past its end"
+        running_server = Server(lab, server, conf).wait_log("listening for")
+        knock_at("O", "22")
+        server.run("nft", "delete", "table", "inet", "tariq")
+        failed = knock_at("O", "22", check=False)
+        assert failed.returncode == 71 and "No such file or directory" in failed.stderr, failed
+        server.run("nft", "-f", "-", input=table, stdin=None)
+        knock_at("O", "22")
+        assert running_server.stop() == 0
+        assert "203" not in server.run("nft", "list", "table", "inet", "tariq").stdout and not client.connects(server.ip), "closed at stop"
+        assert server.run("iptables-save").stdout == "" or "-A" not in server.run("iptables-save").stdout
 
 
 # ---- what README.md says, done: its own commands, taken from the file and run as written on throwaway machines ----------
@@ -2692,12 +3180,12 @@ class Machine(Host):
         """The server in the background, as the unit starts it, behind a closed firewall."""
         if drop and "-P INPUT DROP" not in self.run("iptables", "-S", "INPUT").stdout:
             self.drop_policy()
-        return Server(self.lab, self, "/etc/tariq/tariq.conf", prefix=prefix, command=["tariq.py"]).wait_log("listening on")
+        return Server(self.lab, self, "/etc/tariq/tariq.conf", prefix=prefix, command=["tariq.py"]).wait_log("listening for")
 
     def sshd(self):
         """A real sshd, with the system's configuration."""
         self.run("ssh-keygen", "-A")
-        self.popen("/usr/sbin/sshd", "-D", stderr=subprocess.DEVNULL)
+        self.popen("/usr/sbin/sshd", "-D", *sshd_options(), stderr=subprocess.DEVNULL)
         wait_for(lambda: self.connects("127.0.0.1"), "sshd does not come up")
 
     def open_to(self, client, user="root"):
@@ -2755,11 +3243,6 @@ def ssh(client, *words, to="me@box.example.com"):
     return client.shell(f"ssh {to} {' '.join(words) or 'true'}", check=False).returncode == 0
 
 
-def reload_line(server):
-    """How the README reloads a server without systemd."""
-    return re.search("`(sudo kill -HUP PID)`", README)[1].replace("PID", str(server.process.pid))
-
-
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 
 @needs_root
@@ -2770,11 +3253,11 @@ def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
     server = remote.serve(drop=False)
     assert "iptables: INPUT does not drop" in server.log and "ip6tables: INPUT does not drop" in server.log
     remote.open_to(laptop, user="me")
-    fingerprint = remote.shell("gpg --version >/dev/null; sudo grep -o '^[0-9A-F]\\{40\\}' /etc/tariq/tariq.conf").stdout.strip()
+    fingerprint = remote.shell("sudo sed -n 's/^key = //p' /etc/tariq/tariq.conf").stdout.strip()
     assert fingerprint in done.stderr  # enroll shows whom it trusts, and join too
     assert laptop.shell("grep server_key ~/.config/tariq/tariq.conf").stdout.split()[-1] in done.stderr
-    assert "Connection refused" in type_knock(laptop, "-t", "1", "O", "22", check=False).stderr  # as the README warns
-    keep, way_back, close, first_knock, call_off, persist = blocks("Firewall")
+    assert "closed" in type_knock(laptop, "C", "22").stdout, "a firewall that is open yet keeps no knock out"
+    keep, way_back, close, first_knock, call_off, persist = blocks("3. The firewall, and the first knock")
     assert "netfilter-persistent save" in persist  # the one block that needs the network
     session = laptop.popen("ssh", "me@box.example.com", "bash", user="me", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
@@ -2818,7 +3301,7 @@ def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, r
     key = laptop.run("tariq.py", "keygen", "me@laptop", user="me").stdout
     remote.shell("sudo tariq.py init")
     again = laptop.shell(blocks("2. A client")[0])
-    assert "in [allow] already: nothing changed" in again.stderr and again.stderr.count("wrote") == 0 < first.stderr.count("wrote")
+    assert "in [allow me@laptop] already: nothing changed" in again.stderr and again.stderr.count("wrote") == 0 < first.stderr.count("wrote")
     assert key == laptop.run("tariq.py", "keygen", "me@laptop", user="me").stdout
     assert before == (remote.shell("sudo cat /etc/tariq/tariq.conf").stdout, laptop.shell("cat ~/.config/tariq/tariq.conf").stdout)
     other = Machine(site, "other")  # one more client: what is there stays, word by word
@@ -2830,7 +3313,6 @@ def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, r
     assert all(line in lines for line in before[0].splitlines()) and "you@other" in after
     assert remote.shell("sudo stat -c %a:%U /etc/tariq/tariq.conf").stdout == "600:root\n"
     server = remote.serve()
-    assert "2 users" in server.log
     type_knock(laptop, "O", "22")
     type_knock(other, "C", "22")
 
@@ -2856,32 +3338,27 @@ def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(si
 
 
 @needs_root
-def test_the_set_up_by_hand_with_gpg_works(site, laptop):
+def test_the_set_up_by_hand_for_another_user_works(site, laptop):
     remote = Machine(site, "box")
     remote.shell(blocks("1. The server")[0].splitlines()[1])
-    on_server, on_client, import_client, client_config = blocks("Set-up by hand")
-    remote.shell(on_server)
-    laptop.shell(on_client)
-    remote.shell("cat > me.asc", input=laptop.shell("cat me.asc").stdout, stdin=None)
-    laptop.shell("cat > server.asc", input=remote.shell("cat server.asc").stdout, stdin=None)
-    remote.shell(import_client)
-    ports, secret = (remote.shell(f"sudo sed -n 's/^{key} = //p' /etc/tariq/tariq.conf").stdout.strip() for key in ("secret_ports", "secret"))
-    laptop.shell(client_config.replace("PORTS", ports).replace("SECRET", secret))
+    key = next(line.split(":")[9] for line in remote.shell(blocks("By hand")[0]).stdout.splitlines() if line.startswith("fpr"))
+    remote.shell(f"""sudo sh -c 'umask 077; cat > /etc/tariq/tariq.conf' <<END
+[server]
+secret_ports = 10000,7456,22022,12121,10001
+secret = $(head -c 32 /dev/urandom | base64)
+server_gpg_dir = /etc/tariq/.server-gpg
+server_key = {key}
+END""")
+    type_enroll(remote, laptop)
     server = remote.serve()
-    assert "1 users" in server.log and "listener runs as tariq" in server.log and "as root" not in server.log
+    owner = remote.run("stat", "-c", "%u", "/etc/tariq/.server-gpg").stdout.split()
+    assert Path(f"/proc/{server.listener}/status").read_text().split("Uid:")[1].split()[:1] == owner != ["0"]
     assert "opened tcp/22" in type_knock(laptop, "O", "22").stdout
-    assert "closed tcp/22" in type_knock(laptop, "C", "22").stdout
     assert type_knock(laptop, "O", "23", check=False).returncode == 77
-
-
-@needs_root
-def test_a_keyring_made_as_root_is_mended_by_the_chown_that_the_server_names(remote):
-    remote.shell("sudo gpgconf --homedir /etc/tariq/.server-gpg --kill all; sudo chown -R root: /etc/tariq/.server-gpg")
-    server = remote.serve()
-    assert "the listener will run as root; to change that: useradd --system tariq; chown -R tariq: /etc/tariq/.server-gpg" in server.log
-    server.stop()
-    remote.shell(re.search("`(sudo gpgconf .*?; sudo chown -R tariq: /etc.*?)`", README)[1])
-    assert "listener runs as tariq" in remote.serve().log
+    assert server.stop() == 0
+    remote.shell("sudo chown -R root: /etc/tariq/.server-gpg")
+    done = remote.run("tariq.py", "server", check=False)
+    assert done.returncode == 78 and "chown -R tariq" in done.stderr
 
 
 # ---- everyday use ----------------------------------------------------------------------------------------------------
@@ -2896,11 +3373,9 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     server = remote.serve()
     assert "opened" in type_knock(laptop, "O", "22").stdout
     fingerprint = laptop.shell("gpg --homedir ~/.config/tariq/gpg --with-colons --fingerprint | grep -m1 ^fpr").stdout.split(":")[9]
-    edit, reload, delete = blocks("Removing a client")[0].splitlines()
-    assert reload == "sudo systemctl reload tariq"
-    remote.shell(f"""printf '#!/bin/sh\nsed -i "/^{fingerprint} =/,/C 22/d" "$1"\n' > editor; chmod +x editor""")
-    remote.shell(f"SUDO_EDITOR=~/editor {edit}\n{reload_line(server)}")
-    server.wait_log("read again, 1 users")
+    edit, delete = blocks("Removing a client")[0].splitlines()
+    remote.shell("""printf '#!/bin/sh\nsed -i "/^.allow me@laptop/,/C 22/d" "$1"\n' > editor; chmod +x editor""")
+    remote.shell(f"SUDO_EDITOR=~/editor {edit}")
     refused = type_knock(laptop, "O", "22", check=False)
     assert refused.returncode == 77 and "refused: O 22/tcp: not allowed to" in refused.stderr
     remote.shell(delete.replace("FINGERPRINT", fingerprint))
@@ -2908,21 +3383,6 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     server.wait_log("198.51.100.20: knock refused: ")
     assert "opened" in type_knock(other, "O", "22").stdout
     assert server.process.poll() is None
-
-
-@needs_root
-def test_a_broken_config_at_reload_keeps_the_old_one_in_force(remote, laptop):
-    type_enroll(remote, laptop)
-    server = remote.serve()
-    for count, breakage in enumerate(("[allow", "someone@else.example.com =\\n    O 22", "[server]\\nsecret = short"), 1):
-        remote.shell(f"sudo cp -p /etc/tariq/tariq.conf good; printf '{breakage}\\n' | sudo tee -a /etc/tariq/tariq.conf; {reload_line(server)}")
-        server.wait_log("the old config stays in force", count)
-        assert "opened" in type_knock(laptop, "O", "22").stdout
-        remote.shell("sudo cp -p good /etc/tariq/tariq.conf")
-    assert "someone@else.example.com matches 0 keys" in server.log
-    remote.shell(reload_line(server))
-    server.wait_log("read again, 1 users")
-    assert "closed" in type_knock(laptop, "C", "22").stdout
 
 
 @needs_root
@@ -2970,9 +3430,7 @@ def test_an_alias_and_several_servers_in_one_config(remote, laptop):
     type_enroll(remote, laptop)
     remote.serve()
     section = laptop.shell("sed -n '/^.box/,$p' ~/.config/tariq/tariq.conf").stdout.splitlines()
-    home = blocks("Several servers", "ini")[0].splitlines()
-    assert [line.split(" = ")[0] for line in home if "host" not in line][1:] == [line.split(" = ")[0] for line in section][1:]
-    alias = "\n".join([home[0], f"host = {remote.ip6}", *section[1:]])
+    alias = "\n".join(["[home]", f"host = {remote.ip6}", *section[1:]])
     laptop.shell("cat >> ~/.config/tariq/tariq.conf", input=f"\n{alias}\n", stdin=None)
     done = laptop.run("tariq.py", "knock", "home", "O", "22", user="me").stdout
     assert done.startswith("opened tcp/22 on home for 2001:db8:1:")
@@ -3005,7 +3463,7 @@ def locked_laptop():
         remote.serve()
         laptop.shell("cat > pinentry; chmod +x pinentry; echo pinentry-program /home/me/pinentry > ~/.config/tariq/gpg/gpg-agent.conf;"
                      "gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent", input=PINENTRY, stdin=None)
-        laptop.shell(blocks("A key with a passphrase")[0])
+        laptop.shell(blocks("A key with a passphrase")[0].splitlines()[1])
         yield laptop
 
 
@@ -3017,10 +3475,6 @@ def locked(locked_laptop):
     return locked_laptop
 
 
-def without_pinentry(client):
-    client.shell("echo pinentry-program /nonexistent > ~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent")
-
-
 @needs_root
 def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
     assert "opened" in type_knock(locked, "O", "22").stdout
@@ -3029,46 +3483,52 @@ def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
     assert locked.shell("cat asked").stdout == "asked\n"
 
 
-def knock_on_a_terminal(client, types):
-    """Knock on a pseudo-terminal where somebody types at the passphrase prompt -> (exit code, all that it showed)."""
+def knock_on_a_terminal(client, types, redirect=""):
+    """Knock on a pseudo-terminal where somebody types into pinentry-curses -> (exit code, all that it showed)."""
+    client.shell("rm ~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent")
     pid, terminal = pty.fork()
     if pid == 0:
-        argv = client.command(["tariq.py", "knock", "-t", "4", "box.example.com", "O", "22"], "me")
+        os.chown(os.ttyname(0), int(client.run("id", "-u", "me").stdout), -1)
+        words = ["bash", "-c", f"tariq.py knock -t 4 box.example.com O 22 {redirect}"]
+        argv = [*client.command(["env", "TERM=xterm"], "me"), *words]
         os.execvp(argv[0], argv)
-    said = b""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    said, typed = b"", 0
     with contextlib.suppress(OSError):  # the terminal's last user is gone
-        while data := os.read(terminal, 4096):
+        while select.select([terminal], [], [], 30)[0] and (data := os.read(terminal, 4096)):
             said += data
-            if b"passphrase of your" in data:
+            if said.count(b"[?1049h") > typed:  # one more dialog
+                typed += 1
+                time.sleep(0.5)
                 os.write(terminal, types)
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 @needs_root
-def test_a_passphrase_is_asked_once_on_a_terminal_without_pinentry(locked):
-    without_pinentry(locked)
-    code, said = knock_on_a_terminal(locked, b"correct-horse-7\n")
-    assert code == 0 and said.count(b"passphrase of your") == 1 and b"opened tcp/22" in said and b"correct-horse" not in said, said
+@pytest.mark.parametrize("redirect", ["", "</dev/null >/dev/null"])
+def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(locked, redirect):
+    """`Match exec` gives the command /dev/null as input and output; its stderr is the terminal."""
+    code, said = knock_on_a_terminal(locked, b"correct-horse-7\r", redirect)
+    assert code == 0 and b"correct-horse" not in said and (redirect or b"opened tcp/22" in said), said
 
 
 @needs_root
-def test_a_wrong_passphrase_is_one_clear_error(locked):
-    without_pinentry(locked)
-    code, said = knock_on_a_terminal(locked, b"wrong\n")
-    assert code == 65 and b"Bad passphrase" in said and said.count(b"passphrase of your") == 1, said
+def test_a_wrong_passphrase_is_an_error(locked):
+    code, said = knock_on_a_terminal(locked, b"wrong\r")
+    assert code == 65 and b"gpg: " in said, said
 
 
 @needs_root
-def test_a_passphrase_without_terminal_or_pinentry_is_a_clear_error(locked):
-    without_pinentry(locked)
+def test_a_passphrase_without_terminal_is_a_clear_error(locked):
+    locked.shell("rm ~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent")
     done = type_knock(locked, "O", "22", check=False, start_new_session=True)
-    assert done.returncode == 71 and "there is neither a pinentry nor a terminal" in done.stderr
+    assert done.returncode == 65 and "to be asked for a passphrase: a terminal, and pinentry-curses" in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---- the service -----------------------------------------------------------------------------------------------------
 
-UNIT = blocks("As a service", "ini")[0]
+UNIT = blocks("1. The server")[1].partition("<<'END'\n")[2].partition("\nEND\n")[0]
 
 
 def unit(key):
@@ -3112,8 +3572,6 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     inside = type_knock(laptop, "E", "sh", "-c", "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /etc/x /root/y; id -u", check=False)
     assert "CapBnd:\t00000000000031e0\nNoNewPrivs:\t1\n" in inside.stdout, inside.stdout
     assert "/etc/x': Read-only file system" in inside.stdout and inside.stdout.endswith("0\n")
-    server.process.send_signal(1)  # ExecReload
-    server.wait_log("read again, 1 users")
     assert "closed" in type_knock(laptop, "C", "22").stdout
     assert server.stop() == 0
 
@@ -3137,8 +3595,6 @@ def test_the_units_filters_let_through_all_that_the_server_does(site, remote, la
     server = remote.serve("strace", "-f", "-o", trace)
     type_knock(laptop, "O", "22")
     pid = int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[0])  # strace's child
-    os.kill(pid, 1)
-    server.wait_log("read again")
     type_knock(laptop, "C", "22")
     os.kill(pid, 15)
     server.process.wait(15)
@@ -3218,31 +3674,6 @@ def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
 
 # ---- the page itself -------------------------------------------------------------------------------------------------
 
-def test_the_table_of_keys_is_that_of_the_example_config():
-    table = README.partition("## Configuration")[2].partition("\n\nA pattern")[0]
-    named = set(re.findall("`([a-z_]+)`", "".join(line.split("|")[2] for line in table.splitlines() if line.startswith("| "))))
-    keys = set(re.findall(r"^([a-z_]+) =", (HERE / "tariq.conf.example").read_text(), re.M))
-    assert named == keys
-
-
-def test_every_message_in_troubleshooting_is_one_that_tariq_says():
-    source = re.sub(r'"\s*\n?\s*\+?\s*f?"', "", (HERE / "tariq.py").read_text())  # joined strings
-    table = README.partition("## Troubleshooting")[2].partition("Exit codes:")[0]
-    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
-    own = [text for cell in cells for text in re.findall("`(.*?)`", cell)
-           if not re.search("Connection refused|Name or service|Network is|No public key|No module|gpg: ", text)]  # the system's words
-    assert len(own) > 50
-    for text in own:
-        for words in re.split(r"\b[A-Z]+\b|\.\.\.|[A-Z]:|`|\(IPv[46]\)|\b\d+\b", text):
-            words = words.strip(" :[]()-,;")
-            assert len(words) < 6 or words in source or words in re.sub(r"\{[^{}]*\}", "", source), f"{words!r} of {text!r}"
-
-
-def test_every_test_that_the_threat_model_names_is_one():
-    named = set(re.findall("`(test_[a-z0-9_]+)`", README))
-    assert len(named) > 12 and named <= set(globals())
-
-
 def test_every_anchor_in_the_readme_leads_somewhere():
     headings = {re.sub("[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
@@ -3311,11 +3742,11 @@ def demo():
             server, client, scanner = (lab.host(name, number) for name, number in (("server", 10), ("client", 20), ("scanner", 30)))
             Path("/run/sshd").mkdir(exist_ok=True)
             sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", lab.dir / "host_key")
-            server.popen("/usr/sbin/sshd", "-D", "-f", "/dev/null", "-h", lab.dir / "host_key", "-o", "PidFile=none", stderr=subprocess.DEVNULL)
+            server.popen("/usr/sbin/sshd", "-D", "-f", "/dev/null", "-h", lab.dir / "host_key", "-o", "PidFile=none", *sshd_options(), stderr=subprocess.DEVNULL)
             server.drop_policy()
             conf = make_server(lab, server)
             make_client(lab, client, server, conf, allow=("O 22", "C 22", "E uptime *"))
-            tariq_server = Server(lab, server, conf).wait_log("listening on")
+            tariq_server = Server(lab, server, conf).wait_log("listening for")
             lab.undo.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)  # runs first: nothing interrupts that
             recorder = client.popen(*PYTHON, "-c", RECORDER, server.ip, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             recorder.stdout.readline()
@@ -3338,8 +3769,11 @@ def demo():
             say("A command that the server allows, without a log-in; and one that it does not:")
             knock("E", "uptime", "--pretty", expect="up ")
             knock("E", "cat", "/etc/shadow", expect="refused: ")
+            say("A firewall on the way now drops SYNs that carry data, as some do. The next knock takes turns, and goes through by UDP:")
+            client.run("iptables", "-A", "OUTPUT", "-p", "tcp", "--syn", "-m", "length", "--length", "200:", "-j", "DROP")
             say("The client closes the door:")
-            knock("C", "22", expect="closed tcp/22")
+            show(client, "./tariq.py", "knock", "-v", "-c", "client/tariq.conf", "box", "C", "22", expect="closed tcp/22", user=NOBODY)
+            client.run("iptables", "-F", "OUTPUT")
             banner(client, without="SSH")
             say("Somebody has recorded the knock that opened it, and sends it again, packet by packet, from the same address:")
             replayed = recorder.communicate("replay\n", timeout=10)[0].strip()
@@ -3361,7 +3795,7 @@ def start_tariq(lab, server, client, **settings):
     """A server and a client who may open and close -> (Server, words of the client's command up to the host)."""
     conf = make_server(lab, server, **settings)
     client_conf = make_client(lab, client, server, conf, allow=("O 22", "C 22"))
-    running = Server(lab, server, conf).wait_log("listening on")
+    running = Server(lab, server, conf).wait_log("listening for")
     return running, [*PYTHON, str(lab.dir / "tariq.py"), "knock", "-c", str(client_conf)]
 
 
@@ -3372,7 +3806,7 @@ def part(host, name, *arguments):
 
 # ---- bench latency -----------------------------------------------------------------------------------------------
 
-RATIOS = {"tariq, kernel": 0.75, "tariq, crafted": 1.6}  # wanted, to fwknop with GPG in the same run
+RATIOS = {"tariq, kernel": 0.55, "tariq, udp": 0.5, "tariq, crafted": 1.2}  # wanted, to fwknop with GPG in the same run
 GIVE_UP = 5  # seconds without an open port
 
 
@@ -3490,7 +3924,7 @@ def latency_tools(lab, server, client):
         client.run(*tariq_knock, "--transport", "kernel", "box", "C", "22", user=NOBODY)
 
     tools = {f"tariq, {kind}": (start + tariq_knock + ["--transport", kind, "box", "O", "22"], close_tariq)
-             for kind, start in (("kernel", as_user), ("crafted", as_root))}
+             for kind, start in (("kernel", as_user), ("udp", as_user), ("crafted", as_root))}
     starters = {"fwknop, GPG + HMAC": ("fwknopd", lambda: start_fwknop(lab, server, client, "gpg", 62201)),
                 "fwknop, Rijndael + HMAC": ("fwknopd", lambda: start_fwknop(lab, server, client, "rijndael", 62202)),
                 "knockd, no cryptography": ("knockd", lambda: start_knockd(lab, server))}
