@@ -347,9 +347,10 @@ def unframe(key, label, payload, least):
     return int.from_bytes(plain[:STAMP], "big"), plain[STAMP:]
 
 
-def split(packet, link=None):
-    """An IP packet (RFC 791, 8200) -> Packet: addresses as bytes, ports, TCP header (RFC 9293; none
-    of UDP's), payload. Called with anybody's bytes, LEAST at least: nothing beyond is indexed."""
+def split(packet):
+    """An IP packet (RFC 791, 8200) -> a Packet's fields but the link: addresses as bytes, ports, TCP
+    header (RFC 9293; none of UDP's), payload. Called with anybody's bytes, LEAST at least: nothing
+    beyond is indexed."""
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
         end = packet[2] << 8 | packet[3]
@@ -359,8 +360,8 @@ def split(packet, link=None):
     half, udp = len(addresses) // 2, protocol == socket.IPPROTO_UDP
     start = at + (8 if udp else (packet[at + 12] >> 4) * 4)
     port, own_port = packet[at] << 8 | packet[at + 1], packet[at + 2] << 8 | packet[at + 3]
-    return Packet(addresses[:half], addresses[half:], port, own_port,
-                  b"" if udp else packet[at:start], packet[start:end], link)
+    return (addresses[:half], addresses[half:], port, own_port, b"" if udp else packet[at:start],
+            packet[start:end])
 
 
 def scapy_layers():
@@ -478,7 +479,7 @@ class CraftedTransport(UdpTransport):
         self.raw.sendto(packet, (self.targets[0][0], 0, *self.targets[0][2:]))
 
     def read(self, sock):
-        self.packet = split(sock.recv(2048).ljust(LEAST))
+        self.packet = Packet(*split(sock.recv(2048).ljust(LEAST)), None)
         return self.packet.payload
 
     def answer(self, _, payload):
@@ -650,15 +651,16 @@ class Listener:
         Packet). Else None, and nothing is kept."""
         if len(data) < LEAST:
             return None
-        packet = split(data, link)
-        opened = unframe(self.key, b"knock", packet.payload, 1 + ID)
+        *fields, payload = split(data)
+        opened = unframe(self.key, b"knock", payload, 1 + ID)
         # ==== to here. Who sent what opened has the secret; who it is, gpg will say. ====
         if opened is None:
             return None
-        (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
+        (sent, data), now, nonce = opened, time.time() * 1000, payload[TAG:TAG + NONCE]
         if abs(now - sent) > CLOCKS or sent <= self.began <= now or nonce in self.seen:
             return None  # what was seen before it began, this process cannot know
         self.remember(nonce)
+        packet = Packet(*fields, payload, link)
         if data[0] > self.last + 1 or packet.own_port != self.ports[min(data[0], self.last)]:
             return None
         return data[0], data[1:1 + ID], data[1 + ID:], packet
