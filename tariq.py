@@ -348,8 +348,8 @@ def unframe(key, label, payload, least):
 
 
 def split(packet):
-    """An IP packet (RFC 791, 8200) -> a Packet's fields but the link: addresses as bytes, ports, TCP
-    header (RFC 9293; none of UDP's), payload. Called with anybody's bytes, LEAST at least: nothing
+    """An IP packet (RFC 791, 8200) -> a Packet's fields but the link: addresses as bytes, ports,
+    TCP header (RFC 9293; none of UDP's), payload. Called with anybody's bytes, LEAST at least: nothing
     beyond is indexed."""
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
@@ -1143,13 +1143,15 @@ def cmd_init(options):
     home = os.path.join(os.path.dirname(path), ".server-gpg")
     if os.path.exists(path):
         return log(f"{path} is there already: nothing changed")
-    with suppress(KeyError):
-        if not 0 < pwd.getpwnam("tariq").pw_uid < 1000:
-            raise Fault(SYSTEM, "the account tariq is a person's: it must not own the server's "
-                                "key: see README, By hand")
-    run("useradd", "--system", "--home-dir", home, "--no-create-home", "--shell",
-        "/usr/sbin/nologin", "tariq", check=False)
-    owner = pwd.getpwnam("tariq")
+    try:
+        owner = pwd.getpwnam("tariq")
+    except KeyError:
+        run("useradd", "--system", "--home-dir", home, "--no-create-home", "--shell",
+            "/usr/sbin/nologin", "tariq")
+        owner = pwd.getpwnam("tariq")
+    if not 0 < owner.pw_uid < 1000:
+        raise Fault(SYSTEM, "the account tariq is a person's: it must not own the server's key: "
+                            "see README, By hand")
     os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)  # to be passed through, not listed
     lock(os.path.dirname(path))
     os.makedirs(home, 0o700, exist_ok=True)

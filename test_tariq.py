@@ -3221,7 +3221,7 @@ def laptop(site):
 
 def set_up(machine):
     """Step 1 of the README on a server; of it, only the installation on a client. Packages are there already."""
-    apt, install, init = blocks("1. The server")[0].splitlines()
+    apt, install, init, *_ = blocks("1. The server")[0].splitlines()
     assert apt.startswith("sudo apt-get install")
     machine.shell(f"{install}\n{init if machine.name == 'box' else ''}")
 
@@ -3257,8 +3257,9 @@ def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
     assert fingerprint in done.stderr  # enroll shows whom it trusts, and join too
     assert laptop.shell("grep server_key ~/.config/tariq/tariq.conf").stdout.split()[-1] in done.stderr
     assert "closed" in type_knock(laptop, "C", "22").stdout, "a firewall that is open yet keeps no knock out"
-    keep, way_back, close, first_knock, call_off, persist = blocks("3. The firewall, and the first knock")
-    assert "netfilter-persistent save" in persist  # the one block that needs the network
+    keep, way_back, close, first_knock, last = blocks("3. The firewall, and the first knock")
+    call_off, *persist = last.splitlines(keepends=True)
+    assert len(persist) == 2 and "netfilter-persistent save" in persist[1]  # what needs the network
     session = laptop.popen("ssh", "me@box.example.com", "bash", user="me", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
 
@@ -3341,7 +3342,12 @@ def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(si
 def test_the_set_up_by_hand_for_another_user_works(site, laptop):
     remote = Machine(site, "box")
     remote.shell(blocks("1. The server")[0].splitlines()[1])
-    key = next(line.split(":")[9] for line in remote.shell(blocks("By hand")[0]).stdout.splitlines() if line.startswith("fpr"))
+    home = "/etc/tariq/.server-gpg"
+    said = remote.shell(f"""sudo useradd --system --home-dir /nonexistent --no-create-home knocker
+sudo install -d -m 711 /etc/tariq; sudo install -d -m 700 -o knocker -g knocker {home}
+sudo -u knocker gpg --homedir {home} --batch --passphrase '' --quick-generate-key tariq@box future-default default never
+sudo -u knocker gpg --homedir {home} --with-colons --fingerprint tariq@box""").stdout
+    key = next(line.split(":")[9] for line in said.splitlines() if line.startswith("fpr"))
     remote.shell(f"""sudo sh -c 'umask 077; cat > /etc/tariq/tariq.conf' <<END
 [server]
 secret_ports = 10000,7456,22022,12121,10001
@@ -3463,7 +3469,7 @@ def locked_laptop():
         remote.serve()
         laptop.shell("cat > pinentry; chmod +x pinentry; echo pinentry-program /home/me/pinentry > ~/.config/tariq/gpg/gpg-agent.conf;"
                      "gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent", input=PINENTRY, stdin=None)
-        laptop.shell(blocks("A key with a passphrase")[0].splitlines()[1])
+        laptop.shell(blocks("A key with a passphrase")[0])
         yield laptop
 
 
@@ -3528,7 +3534,7 @@ def test_a_passphrase_without_terminal_is_a_clear_error(locked):
 
 # ---- the service -----------------------------------------------------------------------------------------------------
 
-UNIT = blocks("1. The server")[1].partition("<<'END'\n")[2].partition("\nEND\n")[0]
+UNIT = blocks("1. The server")[0].partition("<<'END'\n")[2].partition("\nEND\n")[0]
 
 
 def unit(key):
