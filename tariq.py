@@ -791,7 +791,7 @@ def cmd_listener(descriptors):
 
 # ---- monitor: checked requests in, rules and commands out. ALL THAT FOLLOWS RUNS AS ROOT ---------
 
-RECEIVE_BUFFER = 8 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
+RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 OUTPUT_ROOM = 1 << 20  # bytes that a command may print before it has to wait, until it is killed
 FOREVER = 2**31 - 1  # seconds since 1970: the last that iptables' time match takes
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
