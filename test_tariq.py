@@ -1724,6 +1724,14 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
 
 
 @needs_root
+def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(box):
+    with Capture(box.server) as capture:
+        done = knock(box, "O", "22", change="tariq.FRAME_MAX = 600")
+        assert done.returncode == 78 and "bytes do not fit 5 packets: use more secret_ports" in done.stderr
+        assert not [1 for _, _, port, _, payload in capture.segments() if port in box.ports]
+
+
+@needs_root
 def test_a_kernel_without_fast_open_knocks_by_udp(box):
     box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=0")
     try:
