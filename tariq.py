@@ -349,8 +349,8 @@ def unframe(key, label, payload, least):
 
 def split(packet):
     """An IP packet (RFC 791, 8200) -> a Packet's fields but the link: addresses as bytes, ports,
-    TCP header (RFC 9293; none of UDP's), payload. Called with anybody's bytes, LEAST at least: nothing
-    beyond is indexed."""
+    TCP header (RFC 9293; none of UDP's), payload. Called with anybody's bytes: LEAST of them at
+    least, beyond which nothing is indexed."""
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
         end = packet[2] << 8 | packet[3]
