@@ -31,24 +31,21 @@ Trust boundaries:
 Sections, as data flows: config, OpenPGP, steganography, wire, client, listener, monitor (root),
 set-up, command line.
 """
-import argparse, base64, configparser, ctypes, hashlib, hmac, io, ipaddress, json, os, queue, re
-import secrets, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
+import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd
+import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading, time
+import zlib
 from collections import Counter, OrderedDict, namedtuple
 from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 
-with suppress(ImportError):  # what a client needs is no more than any Unix has
-    import fcntl
-
 # Exit codes after sysexits.h, away from those of most remote commands: E exits with the command's.
 USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER = 64, 65, 69, 70, 71, 75
 RELAYED, REFUSED, CONFIG = 76, 77, 78
 EXIT_CODES = """exit codes: 0 done; E: the remote command's (137: killed at its time limit);
-64 usage; 65 unusable image, key or profile; 69 a program or package is missing; 70 the listener
-died; 71 the system refused; 75 no answer; 76 somebody relays the knock; 77 refused by policy;
-78 config"""
-JOURNAL = os.environ.get("JOURNAL_STREAM")  # systemd.exec(5): stderr, where the journal reads it
+64 usage; 65 unusable image, key or profile; 69 a program, package or file is missing; 70 the
+listener died; 71 the system refused; 75 no answer; 76 somebody relays the knock; 77 refused by
+policy; 78 config"""
 
 
 class Fault(Exception):
@@ -60,24 +57,33 @@ class Fault(Exception):
         self.code = code
 
 
+def explained(error):
+    """(exit code, the line) of an exception, where it ends a program or a request."""
+    if isinstance(error, Fault):
+        return error.code, str(error)
+    if isinstance(error, FileNotFoundError):
+        return MISSING, (f"{error.filename} is not there: apt-get install gnupg util-linux (programs), "
+                         "tariq.py init on a server or keygen on a client (files)")
+    if isinstance(error, ImportError):
+        return MISSING, f"{error}: apt-get install python3-scapy python3-pil libpcap0.8"
+    return SYSTEM, str(error)
+
+
 def printable(text):
     """Text without what could forge a log line or steer a terminal."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))
 
 
-def log(text, priority=6):
-    """One line on stderr, for the journal with its priority (sd-daemon(3)): 3 error, 4 warning,
-    5 a change to the machine, 6 information."""
+def log(text):
+    """One line on stderr."""
     with suppress(OSError):  # a full disk behind stderr must not keep a door open
-        stderr = os.fstat(2)
-        prefix = f"<{priority}>" if JOURNAL == f"{stderr.st_dev}:{stderr.st_ino}" else ""
-        os.write(2, f"{prefix}{printable(text)}\n".encode())
+        os.write(2, f"{printable(text)}\n".encode())
 
 
 # ---- config: an INI file in, checked values out --------------------------------------------------
 
 ROOT_CONFIG = "/etc/tariq/tariq.conf"
-CLIENT_CONFIG, CLIENT_RING = "~/.config/tariq/tariq.conf", "~/.config/tariq/gpg"
+CLIENT_CONFIG = "~/.config/tariq/tariq.conf"
 
 
 def ports_of(text):
@@ -136,25 +142,20 @@ class Config:
     """One INI file with a secret in it. Raises Fault for each way in which it is unusable."""
 
     def __init__(self, path, root=False):
-        usual = ROOT_CONFIG if root else os.path.expanduser(CLIENT_CONFIG)
-        self.path = os.path.abspath(path or usual)
+        self.path = path
         self.ini = configparser.ConfigParser(interpolation=None, delimiters="=",
                                              inline_comment_prefixes="#")
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                status, self.text = os.fstat(file.fileno()), file.read()
-            self.ini.read_string(self.text)
-        except OSError as error:
-            raise Fault(CONFIG, f"{self.path}: {error.strerror}: make it with tariq.py "
-                                f"{'init' if root else 'keygen'}, or name another with -c")
-        except (ValueError, configparser.Error):  # its words would quote a line: perhaps a secret
-            raise Fault(CONFIG, f"{self.path} is not INI: each line needs to be [section], "
-                                "key = value, # comment, or indented to go on")
-        me = os.geteuid()
-        owners = (0,) if root else (0, me or status.st_uid)  # what root's commands obey is root's
-        if status.st_mode & 0o077 or status.st_uid not in owners:
-            raise Fault(CONFIG, f"{self.path}: others can read its secret or change it: chmod 600 "
-                                f"it, and let {'root' if root else 'you or root'} own it")
+        with open(path, encoding="utf-8") as file:
+            try:
+                self.text = file.read()
+                self.ini.read_string(self.text)
+            except (ValueError, configparser.Error):  # its words would quote a line: a secret?
+                raise Fault(CONFIG, f"{path} is not INI: each line needs to be [section], "
+                                    "key = value, # comment, or indented to go on")
+            status = os.fstat(file.fileno())
+        if status.st_mode & 0o077 or root and status.st_uid:  # what root's commands obey is root's
+            raise Fault(CONFIG, f"{path}: others can read its secret or change it: chmod 600 it, "
+                                "and let root own what root's commands obey")
 
     def get(self, key, sections=("server",), default=None):
         """The first value that one of the sections has for a key, parsed."""
@@ -194,13 +195,9 @@ def gpg(home, *arguments, data=b"", within=()):
     """Run gpg once -> (output, stderr with status lines). What lies in a keyring's directory may
     command gpg-agent, so root runs gpg as the directory's owner. Raises Fault with gpg's words."""
     home = os.path.abspath(os.path.expanduser(home))
-    try:
-        owner, options = os.stat(home), {"env": {**os.environ, "LC_ALL": "C"}, "cwd": "/"}
-    except OSError as error:
-        raise Fault(CONFIG, f"{home}: {error.strerror}: tariq.py init or keygen makes the keyring")
-    for number in range(3):  # pinentry asks on the terminal, wherever there is one
-        with suppress(OSError):
-            options["env"]["GPG_TTY"] = os.ttyname(number)
+    owner, options = os.stat(home), {"env": {**os.environ, "LC_ALL": "C"}, "cwd": "/"}
+    with suppress(OSError):  # where pinentry asks for a passphrase
+        options["env"]["GPG_TTY"] = os.ttyname(2)
     if os.geteuid() == 0 != owner.st_uid:
         options.update(user=owner.st_uid, group=owner.st_gid, extra_groups=[],
                        start_new_session=True)
@@ -212,10 +209,10 @@ def gpg(home, *arguments, data=b"", within=()):
         output = process.stdout.read(GPG_MAX)
         words = process.stderr.read(GPG_MAX).decode(errors="replace")
     if process.returncode:
-        said = [line for line in words.splitlines() if not line.startswith("[GNUPG:]")]
-        hint = f"(keyring {home}; to be asked for a passphrase: a terminal, and pinentry-curses)"
-        trouble = " ".join(TROUBLE.findall(words)) or f"exit status {process.returncode}"
-        raise Fault(BAD_DATA, f"{'; '.join(said)[:300]} {hint}" if said else f"gpg: {trouble}")
+        said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
+        hint = f"{said} (to be asked for a passphrase: a terminal, and pinentry-curses)"
+        raise Fault(BAD_DATA, f"gpg, keyring {home}: exit status {process.returncode} "
+                              f"{' '.join(TROUBLE.findall(words))} {hint if said else ''}")
     return output, words
 
 
@@ -347,21 +344,18 @@ def unframe(key, label, payload, least):
     return int.from_bytes(plain[:STAMP], "big"), plain[STAMP:]
 
 
-def split(packet):
-    """An IP packet (RFC 791, 8200) -> a Packet's fields but the link: addresses as bytes, ports,
-    TCP header (RFC 9293; none of UDP's), payload. Called with anybody's bytes: LEAST of them at
-    least, beyond which nothing is indexed."""
+def split(packet, link):
+    """An IP packet (RFC 791, 8200) and its link address -> Packet: addresses as bytes, ports, the
+    TCP header (RFC 9293; of UDP none), payload. Called with anybody's bytes: LEAST of them at
+    least, beyond which nothing is indexed, and no padding, which shorter frames may have."""
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
-        end = packet[2] << 8 | packet[3]
     else:
         at, protocol, addresses = 40, packet[6], packet[8:40]
-        end = 40 + (packet[4] << 8 | packet[5])
     half, udp = len(addresses) // 2, protocol == socket.IPPROTO_UDP
     start = at + (8 if udp else (packet[at + 12] >> 4) * 4)
-    port, own_port = packet[at] << 8 | packet[at + 1], packet[at + 2] << 8 | packet[at + 3]
-    return (addresses[:half], addresses[half:], port, own_port, b"" if udp else packet[at:start],
-            packet[start:end])
+    return Packet(addresses[:half], addresses[half:], *struct.unpack_from(">HH", packet, at),
+                  b"" if udp else packet[at:start], packet[start:], link)
 
 
 def scapy_layers():
@@ -385,16 +379,17 @@ def respond(packet, payload):
     Linux has them where net.ipv4.tcp_timestamps is 0."""
     inet, fields, number = scapy_layers()[0], {}, 0
     if packet.tcp:
-        _, _, seq, own_seq, _, flags = struct.unpack_from(">HHIIBB", packet.tcp)
-        ack = (seq + (flags >> 1 & 1) + len(packet.payload)) % 2**32  # a SYN counts as one byte
-        fields, number = dict(seq=own_seq, ack=ack, flags="PA", window=501), secrets.randbits(16)
+        seq, own_seq, flags = struct.unpack_from(">4xIIxB", packet.tcp)
+        fields["ack"] = (seq + (flags >> 1 & 1) + len(packet.payload)) % 2**32  # a SYN counts as 1
         if flags & 0x12 == 0x02:  # SYN without ACK
             six, nop = len(packet.own) > 4, ("NOP", None)
             options = [("MSS", 1440 if six else 1460), nop, nop, ("SAckOK", b""), nop,
                        ("WScale", 7)]
             fields.update(seq=secrets.randbits(32), flags="SA", options=options,
                           window=64800 if six else 64240)
-            number = 0
+        else:
+            fields.update(seq=own_seq, flags="PA", window=501)
+            number = secrets.randbits(16)
     kind = inet.TCP if packet.tcp else inet.UDP
     upper = kind(sport=packet.own_port, dport=packet.port, **fields)
     own, to = (str(ipaddress.ip_address(address)) for address in (packet.own, packet.sender))
@@ -404,9 +399,6 @@ def respond(packet, payload):
 # ---- client: a request in, one line and an exit code out; as an ordinary user --------------------
 
 WAIT, GROWTH, LONGEST = 0.3, 1.3, 1.2  # seconds to the first repeat, factor to the next, longest
-# Who has one of these addresses may be seen with another.
-TRANSLATED = ("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 169.254.0.0/16 192.0.0.0/29 "
-              "fc00::/7 fe80::/10").split()
 
 
 class UdpTransport:
@@ -479,28 +471,29 @@ class CraftedTransport(UdpTransport):
         self.raw.sendto(packet, (self.targets[0][0], 0, *self.targets[0][2:]))
 
     def read(self, sock):
-        self.packet = Packet(*split(sock.recv(2048).ljust(LEAST)), None)
+        self.packet = split(sock.recv(2048).ljust(LEAST), None)
         return self.packet.payload
 
     def answer(self, _, payload):
         self.send(respond(self.packet, payload))
 
 
+TRANSPORTS = {"kernel": KernelTransport, "udp": UdpTransport, "crafted": CraftedTransport}
+
+
 def open_transports(host, family, kind, ports):
     """(transports to take turns with, own address) to a host, whose addresses the resolver sorts by
     whether there is a route (RFC 6724). Raises Fault."""
-    kinds = {"kernel": [KernelTransport], "udp": [UdpTransport], "crafted": [CraftedTransport],
-             None: [KernelTransport, UdpTransport][not hasattr(socket, "MSG_FASTOPEN"):]}
     try:
         family, _, _, _, where = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0]
         targets = [(where[0], port, *where[2:]) for port in ports]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(targets[0])  # sends nothing: it looks up the route
             own = probe.getsockname()[0].partition("%")[0]
-        return [transport(family, own, targets) for transport in kinds[kind]], own
     except (OSError, UnicodeError) as error:
-        trouble = getattr(error, "strerror", "no host name")
-        raise Fault(NO_ANSWER, f"{host}: {trouble}: another name, -4 or -6?")
+        raise Fault(NO_ANSWER, f"{host}: {error}: another name, -4 or -6?")
+    kinds = [kind] if kind else ["kernel", "udp"][not hasattr(socket, "MSG_FASTOPEN"):]
+    return [TRANSPORTS[kind](family, own, targets) for kind in kinds], own
 
 
 def converse(host, transports, own, key, count, k, sealed, seconds, step):
@@ -508,8 +501,7 @@ def converse(host, transports, own, key, count, k, sealed, seconds, step):
     repeated, by each transport in turn, until the result is there. -> (done, status, text)"""
     knock_id, reply_key = keyed(k, b"id", b"", ID), keyed(k, b"reply", sealed, 32)
     size, pieces = -(-len(sealed) // count), range(count)
-    nets = map(ipaddress.ip_network, TRANSLATED)
-    mine = "" if any(ipaddress.ip_address(own) in net for net in nets) else own
+    mine = own if ipaddress.ip_address(own).is_global else ""  # else NAT may show another
     turn, wait, trouble, challenged, end = 0, WAIT, "", False, monotonic() + seconds
     while monotonic() < end:
         transport, turn = transports[turn % len(transports)], turn + 1
@@ -518,7 +510,7 @@ def converse(host, transports, own, key, count, k, sealed, seconds, step):
             transport.knock([frame(key, b"knock", bytes([i]) + knock_id + sealed[i * size:][:size])
                              for i in pieces])
         except OSError as error:
-            trouble = f" ({type(transport).__name__}: {error.strerror})"
+            trouble = f" ({error})"
         again = min(end, monotonic() + wait * (0.75 + secrets.randbelow(512) / 1024))
         wait = min(wait * GROWTH, LONGEST)
         while (left := again - monotonic()) > 0:
@@ -542,7 +534,7 @@ def converse(host, transports, own, key, count, k, sealed, seconds, step):
                         proof = knock_id + keyed(reply_key, b"answer", nonce, 32)
                         transports[0].answer(sock, frame(key, b"knock", bytes([count]) + proof))
                 except OSError as error:
-                    trouble = f" ({type(owners[sock]).__name__}: {error.strerror})"
+                    trouble = f" ({error})"
     if challenged:
         raise Fault(NO_ANSWER, f"{host} sent a challenge but no result: knock again")
     raise Fault(NO_ANSWER, f"no answer from {host} in {seconds} s: wrong secret_ports or secret, a "
@@ -552,24 +544,19 @@ def converse(host, transports, own, key, count, k, sealed, seconds, step):
 
 def cmd_knock(options):
     """Knock at options.host, print what was done. Returns the exit code."""
-    began, sections = monotonic(), (options.host, "client")
-
-    def step(text):
-        if options.verbose:
-            log(f"{(monotonic() - began) * 1000:6.0f} ms  {text}")
-
+    sections = options.host, "client"
+    step = log if options.verbose else str
     try:
         command = command_of([options.action, *options.words])
         ports = options.ports and parse("secret_ports", options.ports)
-        seconds = parse("command_timeout", options.timeout)
     except ValueError as error:
         raise Fault(USAGE, str(error))
     config = Config(options.config)
     server, user = config.get("server_key", sections), options.user or config.get("user", sections)
     ports = ports or config.get("secret_ports", sections)
     key = shared_key(config.get("secret", sections), ports)
-    home = options.gpg_dir or config.get("client_gpg_dir", sections, CLIENT_RING)
-    images = config.get("img_dir", sections, "") if options.img_dir is None else options.img_dir
+    home = options.gpg_dir or config.get("client_gpg_dir", sections)
+    images = options.img_dir or config.get("img_dir", sections, "")
     target = config.get("host", sections, options.host)
     transports, own = open_transports(target, options.family, options.transport, ports)
 
@@ -581,7 +568,7 @@ def cmd_knock(options):
                             "secret_ports, or smaller keys")
     step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
     done, status, text = converse(options.host, transports, own, key, len(ports), k, sealed,
-                                  seconds, step)
+                                  options.timeout, step)
     if command[0] != "E" or not done:
         text = printable(text.decode(errors="replace"))
         text = text.replace(" for ", f" on {options.host} for ", 1)
@@ -651,16 +638,15 @@ class Listener:
         Packet). Else None, and nothing is kept."""
         if len(data) < LEAST:
             return None
-        *fields, payload = split(data)
-        opened = unframe(self.key, b"knock", payload, 1 + ID)
+        packet = split(data, link)
+        opened = unframe(self.key, b"knock", packet.payload, 1 + ID)
         # ==== to here. Who sent what opened has the secret; who it is, gpg will say. ====
         if opened is None:
             return None
-        (sent, data), now, nonce = opened, time.time() * 1000, payload[TAG:TAG + NONCE]
+        (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
         if abs(now - sent) > CLOCKS or sent <= self.began <= now or nonce in self.seen:
             return None  # what was seen before it began, this process cannot know
         self.remember(nonce)
-        packet = Packet(*fields, payload, link)
         if data[0] > self.last + 1 or packet.own_port != self.ports[min(data[0], self.last)]:
             return None
         return data[0], data[1:1 + ID], data[1 + ID:], packet
@@ -686,15 +672,13 @@ class Listener:
                 knock.packet = knock.packet or packet
             if len(knock.pieces) > self.last:
                 del self.partial[knock_id]
-                self.start(knock_id, knock)
-
-    def start(self, knock_id, knock):
-        """A thread for a whole knock. One beyond the limits is dropped: its repeat asks again."""
-        others, owner = list(self.knocks.values()), knock.packet.sender[:8]
-        crowd = [each for each in others if each.packet.sender[:8] == owner and not each.answered]
-        if len(others) < KNOCKS_MAX and len(crowd) < UNANSWERED_MAX:
-            self.knocks[knock_id] = knock
-            threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
+                others, owner = list(self.knocks.values()), knock.packet.sender[:8]
+                crowd = [other for other in others
+                         if other.packet.sender[:8] == owner and not other.answered]
+                # One beyond the limits is dropped: its repeat asks again.
+                if len(others) < KNOCKS_MAX and len(crowd) < UNANSWERED_MAX:
+                    self.knocks[knock_id] = knock
+                    threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
 
     def serve(self, knock_id, knock):
         address = str(ipaddress.ip_address(knock.packet.sender))
@@ -733,7 +717,7 @@ class Listener:
             position, piece = knock.frames.get(timeout=max(0, end - monotonic()))
         knock.answered = True
 
-        self.say([knock_id.hex(), signer, command, address])
+        self.say([knock_id.hex(), signer, command, knock.packet.sender.hex()])
         result = knock.result.get(timeout=patience + ANSWER_TIME)
         end = monotonic() + REPEAT_TIME
         while True:
@@ -781,7 +765,7 @@ def cmd_listener(descriptors):
         gpg(listener.settings["home"], "--list-secret-keys", listener.settings["own"])  # + agent
         listener.attach_filter()
         threading.Thread(target=listener.take_results, daemon=True).start()
-        listener.say(None)  # ready
+        listener.say(f"listening for knocks on {len(listener.ports)} ports")
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         code, text = explained(error)
@@ -793,29 +777,26 @@ def cmd_listener(descriptors):
 
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 OUTPUT_ROOM = 1 << 20  # bytes that a command may print before it has to wait, until it is killed
+NO_END = 10**9  # seconds: no end
 FOREVER = 2**31 - 1  # seconds since 1970: the last that iptables' time match takes
+SETPRIV = ("setpriv --clear-groups --inh-caps=-all --ambient-caps=-all --bounding-set=-all "
+           "--no-new-privs").split()
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RULE = ("-A {} -s {{ip}} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {{dport}}"
-        "{} -j ACCEPT")
-TIME_MATCH = " -m time --datestop {until}"
-FAMILIES = ((("iptables", "-w", "5"), "192.0.2.1"),  # and an address to try rules with (RFC 5737,
-            (("ip6tables", "-w", "5"), "2001:db8::1"))  # RFC 3849)
+TIME_MATCH = "-m time --datestop {until}".split()
+RULE = "-s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {dport}".split()
+FAMILIES = (("iptables", "-w", "5"), "192.0.2.1"), (("ip6tables", "-w", "5"), "2001:db8::1")
 FIELD = re.compile(r"\{(ip|dport|protocol|until|seconds|user|version)\}")  # other braces are nft's
-GONE = "matching rule|No chain|does not exist"  # iptables of a rule that somebody else took out
 
 
 def run(*words, changes=True, check=True):
-    """Run a program -> (exit status, its words). Logged before it runs where it changes the
-    machine. Raises Fault, or OSError where there is no such program."""
+    """Run a program, 15 seconds at most -> (exit status, its words). Logged before it runs where it
+    changes the machine. Raises Fault."""
     if changes:
-        log("+ " + shlex.join(words), 5)
-    try:
-        done = subprocess.run(words, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, timeout=15, cwd="/",
-                              text=True, errors="replace", check=False)
-    except subprocess.TimeoutExpired:
-        raise Fault(SYSTEM, f"{words[0]} took more than 15 s: who holds its lock?")
+        log("+ " + shlex.join(words))
+    done = subprocess.run(("timeout", "15", *words), stdin=DEVNULL, stdout=PIPE, stderr=STDOUT,
+                          cwd="/", text=True, errors="replace")
     if check and done.returncode:
-        raise Fault(SYSTEM, f"{words[0]}: {done.stdout.strip()[:300] or done.returncode}")
+        raise Fault(SYSTEM, f"{words[0]}: {done.stdout.strip()[:300]} ({done.returncode})")
     return done.returncode, done.stdout
 
 
@@ -836,108 +817,89 @@ def permitted(patterns, command):
 
 
 class Monitor:
-    """Policy, doors and commands, and the listener's parent. A door is the words that close it,
-    and an end."""
+    """Policy, doors and commands, and the listener's parent."""
 
     def __init__(self, config, signals):
-        self.path, self.signals, self.doors, self.commands = config.path, signals, {}, {}
-        self.chain, self.listener = config.get("iptables_chain", default="tariq"), None
+        self.path, self.signals, self.commands, self.listener = config.path, signals, {}, None
+        self.doors = {}  # (address, port): the words that close it, its end
+        self.chain = config.get("iptables_chain", default="tariq")
         self.opening = config.get("open_command", default=[])
         self.closing = config.get("close_command", default=None if self.opening else [])
         self.families = () if self.opening else FAMILIES
-        self.ends = "open_command opens, this server ends doors"
+        usual = ["-A", self.chain, *RULE, *TIME_MATCH, "-j", "ACCEPT"]
         self.rules = {protocol: config.get(f"open_{protocol}_port", default=usual)
-                      for protocol, usual in self.usual_rules(TIME_MATCH).items()}
-        if any(rule[:2] != ["-A", self.chain] for rule in self.rules.values()):
+                      for protocol in ("tcp", "udp")}
+        if any(rule[:2] != usual[:2] for rule in self.rules.values()):
             raise Fault(CONFIG, f"{self.path}: open_tcp_port, open_udp_port: need -A {self.chain}, "
                                 "the iptables_chain, first")
-        self.timeout = config.get("command_timeout", default=30)
-        ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
+        ports = config.get("secret_ports")
         self.settings = {"ports": ports, "key": shared_key(config.get("secret"), ports).hex(),
-                         "home": self.home, "own": config.get("server_key"),
-                         "patience": self.timeout}
-
-    def usual_rules(self, match):
-        return {protocol: shlex.split(RULE.format(self.chain, match, protocol=protocol))
-                for protocol in ("tcp", "udp")}
+                         "home": config.get("server_gpg_dir"), "own": config.get("server_key"),
+                         "patience": config.get("command_timeout", default=30)}
 
     def lead(self, program):
         """Let INPUT lead to the chain: at start, and where a flush or a reload took that away."""
-        status, words = run(*program, "-C", "INPUT", "-j", self.chain, changes=False, check=False)
-        if status > 2:  # no word on the rule: who holds the lock?
-            raise Fault(SYSTEM, f"{program[0]}: {words.strip()}")
-        if status:
+        if run(*program, "-C", "INPUT", "-j", self.chain, changes=False, check=False)[0]:
             run(*program, "-N", self.chain, check=False)  # it may be there
             run(*program, "-I", "INPUT", "-j", self.chain)
 
-    def try_rules(self, ip):
-        for port in ("9/tcp", "9/udp"):
-            run(*self.door(ip, port, 0, 1, "")[0], changes=False)
-
     def prepare(self):
-        """An empty chain that INPUT leads to, its rules tried, warnings where nothing is hidden."""
+        """Empty the chain, try the rules, warn where nothing is hidden."""
         for program, ip in self.families:
             self.lead(program)
-            try:
-                self.try_rules(ip)
-            except Fault as fault:
-                if self.rules != self.usual_rules(TIME_MATCH):
-                    raise
-                log(f"{fault}: has this kernel no time match (xt_time)?", 4)
-                self.rules = self.usual_rules("")
-                self.try_rules(ip)
+            if run(*program, "-A", self.chain, *TIME_MATCH[:-1], "2038-01-19", check=False)[0]:
+                log(f"{program[0]}: this kernel has no time match (xt_time)")
+                self.rules = {name: rule[:-6] + rule[-2:] if rule[-6:-2] == TIME_MATCH else rule
+                              for name, rule in self.rules.items()}
+            for port in ("9/tcp", "9/udp"):
+                run(*self.door(ip, port, "", 0)[0])
             run(*program, "-F", self.chain)
             rules = run(*program, "-S", "INPUT", changes=False)[1].splitlines()
             if "-P INPUT DROP" not in rules and rules[-1] != "-A INPUT -j DROP":
-                log(f"{program[0]}: INPUT does not drop: nothing is hidden: see README, step 3", 4)
-            if any("-j REJECT" in rule for rule in rules):
-                log(f"{program[0]}: INPUT has a REJECT rule, which answers scanners: use DROP", 4)
-            timed = all("{until}" in " ".join(rule) for rule in self.rules.values())
-            self.ends = f"chain {self.chain}, {'the kernel' if timed else 'this server'} ends doors"
+                log(f"{program[0]}: INPUT does not drop: nothing is hidden: see README, step 3")
+        timed = self.families and all("{until}" in rule for rule in self.rules.values())
+        log(f"chain {self.chain}: {'the kernel' if timed else 'this server'} ends doors")
 
-    def door(self, ip, port, until, seconds, user):
-        """(words that open a door, words that close it)."""
+    def door(self, ip, port, user, seconds):
+        """The words that open a door, and those that close it."""
         (number, protocol), six = port.split("/"), ":" in ip
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(until))
-        fields = {"ip": ip, "dport": number, "protocol": protocol, "until": stamp, "user": user,
-                  "seconds": str(seconds), "version": "6" if six else "4"}
-        program, rule = list(FAMILIES[six][0]), self.rules[protocol]
-        both = (self.opening, self.closing) if self.opening else (program + rule,
-                                                                  program + ["-D"] + rule[1:])
+        until = time.gmtime(min(FOREVER, time.time() + seconds))
+        fields = {"ip": ip, "dport": number, "protocol": protocol, "user": user,
+                  "until": time.strftime("%Y-%m-%dT%H:%M:%S", until), "seconds": str(seconds),
+                  "version": "6" if six else "4"}
+        both, program, rule = (self.opening, self.closing), FAMILIES[six][0], self.rules[protocol]
+        if self.families:
+            both = [*program, *rule], [*program, "-D", *rule[1:]]
         return [[FIELD.sub(lambda field: fields[field[1]], word) for word in words]
                 for words in both]
 
     def open(self, ip, port, user, seconds):
-        """One door for one address and port; opened again, a new end. Returns the end (seconds
-        since 1970). Raises Fault."""
+        """One door for an address and port; opened again, a new end. Raises Fault."""
         self.close(ip, port)
         if self.families:
             self.lead(FAMILIES[":" in ip][0])
-        until = min(FOREVER, int(time.time()) + seconds)
-        opening, closing = self.door(ip, port, until, seconds, user)
+        opening, closing = self.door(ip, port, user, seconds)
+        self.doors[ip, port] = closing, monotonic() + seconds  # first: it may open, and then fail
         run(*opening)
-        self.doors[ip, port] = closing, monotonic() + seconds
-        return until
 
     def close(self, ip, port):
-        """Whether the door was open; it is closed now. Raises Fault, and keeps it in mind, where
-        its rule may still be there. A close_command runs once: a set's element may be gone."""
-        if (ip, port) not in self.doors:
-            return False
-        closing, _ = self.doors[ip, port]
-        self.doors[ip, port] = closing, monotonic() + 5
-        status, words = run(*closing, check=False)
-        if status and self.families and not re.search(GONE, words):
-            raise Fault(SYSTEM, f"{ip} {port} is not closed: {words.strip()[:300]}: trying again")
-        del self.doors[ip, port]
-        return True
+        """Raises Fault, and keeps the door in mind, where its rule may be there still. Not so with
+        a close_command: it runs once, since a set's element may have ended by itself."""
+        closing, _ = self.doors.get((ip, port), ([], 0))
+        if closing and run(*closing, check=False)[0] and self.families:
+            rule = ["-C" if word == "-D" else word for word in closing]
+            status, words = run(*rule, changes=False, check=False)
+            if status != 1:  # 1: there is no such rule, somebody else took it out
+                raise Fault(SYSTEM, f"{ip} {port} is not closed: {words.strip()[:300]} ({status})")
+        self.doors.pop((ip, port), None)
 
     def close_expired(self):
         for door in [door for door, (_, end) in self.doors.items() if end <= monotonic()]:
             try:
                 self.close(*door)
-            except (Fault, OSError) as error:
-                log(error, 3)
+            except Fault as fault:
+                log(f"{fault}: trying again")
+                time.sleep(1)
 
     def stop(self):
         """At the end, whatever it is: no listener, no command, no door."""
@@ -947,63 +909,60 @@ class Monitor:
                 process.wait()
         closing = [words for words, _ in self.doors.values()] if self.opening else []
         for words in (*closing, *([*program, "-F", self.chain] for program, _ in self.families)):
-            try:
-                run(*words)
-            except (Fault, OSError) as error:
-                log(f"{error}: doors may be open until their time", 3)
+            status, said = run(*words, check=False)
+            if status:
+                log(f"{said.strip()} ({status}): doors may be open until their time")
 
     def handle(self, data):
         """A message of the listener, of which nothing is believed: who may do what is looked up."""
         try:
             message = json.loads(data)
-            if message is None:
-                count = len(self.settings["ports"])
-                return log(f"listening for knocks on {count} ports, {self.ends}")
             if isinstance(message, str):
-                return log(f"listener: {message[:1000]}", 4)
-            knock_id, signer, command, ip = message
-            knock_id, ip = bytes.fromhex(knock_id), str(ipaddress.ip_address(str(ip)))
-            signer, command = parse("key", signer), command_of(command)
-            if len(knock_id) != ID or "%" in ip:
-                raise ValueError
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return log("a malformed message from the listener: is it still itself?", 3)
-        user, request = signer, shlex.join(command)
+                return log(f"listener: {message[:1000]}")
+            knock_id, signer, command, sender = message
+            knock_id, ip = bytes.fromhex(knock_id), str(ipaddress.ip_address(bytes.fromhex(sender)))
+            user, command = parse("key", signer), command_of(command)
+        except (ValueError, TypeError, RecursionError):
+            return log("a malformed message from the listener: is it still itself?")
+        done, status, event = False, 0, f"{ip} {shlex.join(command)}"
         try:
             config = Config(self.path, root=True)  # afresh: an edit holds from the next knock on
-            section = config.clients().get(signer, "")
-            user = section[len("allow "):] or signer
-            if not section or not permitted(config.get("may", [section], []), command):
-                done, status, verdict = False, REFUSED, f"refused: {request}: not allowed to {user}"
-            elif command[0] == "E":
-                return self.execute(knock_id, f"{user} {ip} {request}", user, command[1:])
-            else:
-                seconds = config.get("open_timeout", [section, "server"], 3600) or 10**9  # no end
-                done, status, verdict = True, 0, self.move_doors(command, ip, user, seconds)
+            section = config.clients().get(user, "")
+            user = section[len("allow "):] or user
+            if not permitted(config.get("may", [section], []), command):
+                raise Fault(REFUSED, f"refused: {shlex.join(command)}: not allowed to {user}")
+            if command[0] == "E":
+                return self.execute(knock_id, event, user, command[1:])
+            seconds = config.get("open_timeout", [section, "server"], 3600) or NO_END
+            done, text = True, self.move_doors(command, ip, user, seconds)
         except (Fault, OSError) as error:
-            done, status, verdict = False, SYSTEM, explained(error)[1]
-        self.finish(knock_id, f"{user} {ip} {request}", done, status, verdict)
+            status, text = explained(error)
+        self.finish(knock_id, f"{user} {event}: {text}", done, status, text.encode())
 
     def move_doors(self, command, ip, user, seconds):
+        """O or C -> what was done, in words. Raises Fault."""
         action, *ports = command
+        for port in ports:
+            if action == "O":
+                self.open(ip, port, user, seconds)
+            else:
+                self.close(ip, port)
         names = ", ".join("/".join(port.split("/")[::-1]) for port in ports)
         if action == "C":
-            missing = ", ".join(port for port in ports if not self.close(ip, port))
-            return f"closed {names} for {ip}" + (f" ({missing} was not open)" if missing else "")
-        until = max(self.open(ip, port, user, seconds) for port in ports)
-        stamp = "closed" if until == FOREVER else "%H:%M:%SZ"
-        stamp = time.strftime("%Y-%m-%d " * (86400 <= seconds < 10**9) + stamp, time.gmtime(until))
-        return f"opened {names} for {ip} until {stamp}"
+            return f"closed {names} for {ip}"
+        end = time.gmtime(time.time() + seconds)
+        stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", end)
+        return f"opened {names} for {ip} until {'closed' if seconds == NO_END else stamp}"
 
     def execute(self, knock_id, event, user, words):
         """Start a permitted command without a shell. At its time limit timeout(1) kills it and its
         children, also when this server is gone; what made a session of its own may stay."""
         if user in self.commands:
-            verdict = "refused: your last command still runs"
-            return self.finish(knock_id, event, False, REFUSED, verdict)
-        log("+ " + shlex.join(words), 5)
-        process = Popen(["timeout", "-s", "KILL", str(self.timeout), *words], stdin=DEVNULL,
-                        stdout=PIPE, stderr=STDOUT, cwd="/", start_new_session=True)
+            raise Fault(REFUSED, "refused: your last command still runs")
+        log("+ " + shlex.join(words))
+        limit = "timeout", "-s", "KILL", str(self.settings["patience"])
+        process = Popen([*limit, *words], stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, cwd="/",
+                        start_new_session=True)
         fcntl.fcntl(process.stdout, 1031, OUTPUT_ROOM)  # F_SETPIPE_SZ: it is read at the end only
         os.set_blocking(process.stdout.fileno(), False)  # a daemon it leaves may hold the pipe open
         self.commands[user] = process, knock_id, event
@@ -1013,30 +972,27 @@ class Monitor:
             if (status := process.poll()) is not None:
                 del self.commands[user]
                 with process.stdout as pipe:
-                    output, cut = pipe.read(TEXT_MAX + 1) or b"", b"\n[cut to one packet]\n"
-                if len(output) > TEXT_MAX:
-                    output = output[:TEXT_MAX - len(cut)] + cut
+                    output = pipe.read(TEXT_MAX) or b""
                 status = status if status >= 0 else 128 - status  # a signal's number, as in a shell
-                self.finish(knock_id, event, True, status, f"exit status {status}", output)
+                self.finish(knock_id, f"{user} {event}: exit status {status}", True, status, output)
 
-    def finish(self, knock_id, event, done, status, verdict, output=None):
+    def finish(self, knock_id, event, done, status, text):
         """Log one event (who, from where, what, verdict), and give the listener the result."""
-        log(f"{event}: {verdict}", 6 if done else 4)
-        text = verdict.encode()[:TEXT_MAX] if output is None else output
+        log(event)
         with suppress(OSError):  # a listener that does not read must not stop the monitor
-            self.channel.send(knock_id + bytes([done, status]) + text, socket.MSG_DONTWAIT)
+            self.channel.send(knock_id + bytes([done, status]) + text[:TEXT_MAX],
+                              socket.MSG_DONTWAIT)
 
     def start_listener(self):
         """The listener: this file on stdin, two sockets, a user's ids, and nothing of root's."""
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
         packets.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BUFFER)  # SO_RCVBUFFORCE
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        owner, descriptors = os.stat(self.home), (packets.fileno(), theirs.fileno())
+        owner, descriptors = os.stat(self.settings["home"]), (packets.fileno(), theirs.fileno())
         with packets, theirs, open(__file__, "rb") as code:
             self.listener = Popen(
-                ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups",
-                 "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs",
-                 sys.executable, "-I", "-", "listener", *map(str, descriptors)],
+                [*SETPRIV, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", sys.executable,
+                 "-I", "-", "listener", *map(str, descriptors)],
                 stdin=code, stdout=DEVNULL, stderr=DEVNULL, pass_fds=descriptors, env={}, cwd="/",
                 start_new_session=True)
         self.channel.send(json.dumps(self.settings).encode())
@@ -1044,8 +1000,8 @@ class Monitor:
     def serve(self):
         """Until a signal ends it. It sleeps until there is a message, a signal, or a door's end."""
         while True:
-            ends = [end - monotonic() for _, end in self.doors.values()]
-            wait = max(0, min(ends)) if ends else None
+            ends = [end for _, end in self.doors.values()]
+            wait = max(0, min(ends) - monotonic()) if ends else None
             ready = select.select([self.channel, self.signals], [], [], wait)[0]
             if self.signals in ready and set(os.read(self.signals, 4096)) != {signal.SIGCHLD}:
                 return
@@ -1072,11 +1028,6 @@ def need_root():
     os.environ.update(PATH=SAFE_PATH, LC_ALL="C.UTF-8")
 
 
-def lock(path, flags=os.O_RDONLY, wait=True):
-    """Lock a file or directory until this process ends, however it does. Raises OSError."""
-    fcntl.flock(os.open(path, flags, 0o600), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
 def cmd_server(options):
     """Serve until SIGTERM, SIGINT or SIGHUP; the chain is empty before and after."""
     need_root()
@@ -1087,9 +1038,10 @@ def cmd_server(options):
         signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
     monitor = Monitor(Config(options.config, root=True), signals)
     namespace = os.stat("/proc/self/ns/net").st_ino  # a chain belongs to a network namespace
-    path = f"/run/tariq-{monitor.chain}-{namespace}.lock"
+    lock = os.open(f"/run/tariq-{monitor.chain}-{namespace}.lock",
+                   os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, wait=False)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
     except BlockingIOError:
         raise Fault(SYSTEM, f"a server with the chain {monitor.chain} runs already: stop it, or "
                             "give this one another iptables_chain")
@@ -1103,12 +1055,22 @@ def cmd_server(options):
 
 # ---- set-up: once, by hand; says on stderr what it did, file by file -----------------------------
 
+PROFILE = "secret_ports", "secret", "server_key"  # of a server's config, which its clients need
+
+def locked_directory(path):
+    """Make a config's directory, which others may pass through, and lock it until this process
+    ends. Returns it."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, 0o711, exist_ok=True)
+    fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX)
+    return directory
+
+
 def write_private(path, text):
     """Write a file of mode 0600, whole or not at all: the server may read it at any moment."""
-    import tempfile
-    path = os.path.realpath(path)
-    with tempfile.NamedTemporaryFile("wb", dir=os.path.dirname(path), delete=False) as file:
-        file.write(text.encode())
+    os.umask(0o077)
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
@@ -1138,40 +1100,31 @@ def show_key(home, text):
 def cmd_init(options):
     """Make a server's user, keyring, key and config. A config that is there stays as it is."""
     need_root()
-    import pwd
-    path = os.path.abspath(options.config or ROOT_CONFIG)
-    home = os.path.join(os.path.dirname(path), ".server-gpg")
-    if os.path.exists(path):
-        return log(f"{path} is there already: nothing changed")
-    try:
-        owner = pwd.getpwnam("tariq")
-    except KeyError:
-        run("useradd", "--system", "--home-dir", home, "--no-create-home", "--shell",
-            "/usr/sbin/nologin", "tariq")
-        owner = pwd.getpwnam("tariq")
+    home = os.path.join(locked_directory(options.config), ".server-gpg")
+    if os.path.exists(options.config):
+        return log(f"{options.config} is there already: nothing changed")
+    if run("id", "tariq", changes=False, check=False)[0]:
+        run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
+    owner = pwd.getpwnam("tariq")
     if not 0 < owner.pw_uid < 1000:
         raise Fault(SYSTEM, "the account tariq is a person's: it must not own the server's key: "
                             "see README, By hand")
-    os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)  # to be passed through, not listed
-    lock(os.path.dirname(path))
     os.makedirs(home, 0o700, exist_ok=True)
     os.chown(home, owner.pw_uid, owner.pw_gid)
     key = make_key(home, f"tariq@{socket.gethostname()}")
     ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
     secret = base64.b64encode(os.urandom(32)).decode()
-    write_private(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
-                        f"server_gpg_dir = {home}\nserver_key = {key}\n")
+    write_private(options.config,
+                  f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
+                  f"server_gpg_dir = {home}\nserver_key = {key}\n")
 
 
 def cmd_keygen(options):
     """Make a client's config, keyring and key where missing; print the public key."""
-    path = os.path.abspath(options.config or os.path.expanduser(CLIENT_CONFIG))
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    lock(os.path.dirname(path))
+    home, path = os.path.join(locked_directory(options.config), "gpg"), options.config
     if not os.path.exists(path):
-        home = os.path.join(os.path.dirname(path), "gpg")
         write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {home}\n")
-    home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"], CLIENT_RING))
+    home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"]))
     os.makedirs(home, 0o700, exist_ok=True)
     export = ("--armor", "--export", exactly(options.user))
     if not gpg(home, *export)[0]:
@@ -1185,32 +1138,30 @@ def cmd_enroll(options):
     try:
         allow = map(" ".join, options.allow or [["O 22"]])
         lines = [shlex.join(command_of(shlex.split(line))) for line in allow]
-        if any(re.search(r"\s#", line) for line in lines):
-            raise ValueError("may hold no word that begins with #: in a config that is a comment")
+        if "#" in "".join(lines):
+            raise ValueError("may hold no #: in a config that is a comment")
     except ValueError as error:
         raise Fault(USAGE, f"--allow {error}")
     text = sys.stdin.buffer.read(GPG_MAX)  # before the lock: keygen at its other end may hold it
-    path = Config(options.config, root=True).path
-    lock(os.path.dirname(path))
-    config = Config(path, root=True)
+    locked_directory(options.config)
+    config = Config(options.config, root=True)
     home, own = config.get("server_gpg_dir"), config.get("server_key")
     (key, user), clients = show_key(home, text), config.clients()
     name = options.name or re.sub(r".*<(.+)>$", r"\1", user)
     if key in clients:
-        log(f"{path}: {key} is in [{clients[key]}] already: nothing changed")
-    elif not re.fullmatch(r"\w[^][#]*", name) or not name.isprintable() \
-            or config.ini.has_section(f"allow {name}"):
+        log(f"{config.path}: {key} is in [{clients[key]}] already: nothing changed")
+    elif not re.fullmatch(r"\w[\w.@+ -]*", name) or config.ini.has_section(f"allow {name}"):
         raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: give --name")
     else:
         gpg(home, "--import", data=text)
         may = "".join(f"\n    {line}" for line in lines)
         section = f"[allow {name}]\nkey = {key}\nmay ={may}\n"
-        write_private(path, f"{config.text.rstrip()}\n\n{section}")
+        write_private(config.path, f"{config.text.rstrip()}\n\n{section}")
         log(f"{name} ({key}) may {'; '.join(lines)}")
-    ports, secret = config.get("secret_ports"), base64.b64encode(config.get("secret")).decode()
-    profile = (f"# For tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
-               f"secret_ports = {','.join(map(str, ports))}\nsecret = {secret}\n"
-               f"server_key = {own}\n")
+    profile = "# For tariq.py join. It holds the shared secret: keep it private.\n[profile]\n"
+    for item in PROFILE:
+        config.get(item)  # that it is sound
+        profile += f"{item} = {config.ini['server'][item]}\n"
     os.write(1, profile.encode() + gpg(home, "--armor", "--export", own)[0])
 
 
@@ -1220,16 +1171,14 @@ def cmd_join(options):
     profile = configparser.ConfigParser(interpolation=None, delimiters="=")
     try:
         profile.read_string(text.decode())
-        names = ("secret_ports", "secret", "server_key")
-        given = {name: profile["profile"][name] for name in names}
+        given = {name: profile["profile"][name] for name in PROFILE}
         for name, value in given.items():
             parse(name, value)
     except (configparser.Error, KeyError, ValueError):
         raise Fault(BAD_DATA, "no profile on stdin, which tariq.py enroll prints: did that fail?")
-    path = Config(options.config).path
-    lock(os.path.dirname(path))
-    config = Config(path)
-    home = config.get("client_gpg_dir", ["client"], CLIENT_RING)
+    locked_directory(options.config)
+    config, path = Config(options.config), options.config
+    home = config.get("client_gpg_dir", ["client"])
     if show_key(home, begin + key)[0] != given["server_key"]:
         raise Fault(BAD_DATA, "the profile's key is not its server_key: enroll again")
     if not config.ini.has_section(options.host):
@@ -1250,56 +1199,40 @@ class Parser(argparse.ArgumentParser):
 
 def command_line():
     """The parser; each subcommand's function is its `function`."""
-    style = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(prog="tariq.py", description=__doc__.split("\n\n")[0], **style)
-    parser.add_argument("--version", action="version", version="Tariq 2.0")
+    parser = Parser(prog="tariq.py", description=__doc__.split("\n\n")[0], epilog=EXIT_CODES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(function, usual, text):
-        name = function.__name__[len("cmd_"):]
-        sub = commands.add_parser(name, help=text, description=text, **style)
+        sub = commands.add_parser(function.__name__[4:], help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument("-c", dest="config", metavar="CONF", help=f"config ({usual})")
+        sub.add_argument("-c", "--config", default=usual, help=f"default: {usual}",
+                         type=lambda path: os.path.realpath(os.path.expanduser(path)))
         return sub.add_argument
 
     command(cmd_server, ROOT_CONFIG, "listen for knocks (root)")
     command(cmd_init, ROOT_CONFIG, "server, once: config, system user, keyring, key (root)")
     add = command(cmd_knock, CLIENT_CONFIG, "knock at a server: open or close ports, run a command")
-    add("-u", dest="user", metavar="USER", help="whose key signs")
-    add("-p", dest="ports", metavar="PORTS", help="the secret_ports")
-    add("-i", dest="img_dir", metavar="IMG_DIR", help="PNG images to hide requests in")
-    add("-g", dest="gpg_dir", metavar="GPG_DIR", help="keyring")
+    add("-u", "--user", help="whose key signs")
+    add("-p", "--ports", help="the secret_ports")
+    add("-i", "--img-dir", help="PNG images to hide requests in")
+    add("-g", "--gpg-dir", help="keyring")
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0, help="no other IP")
-    add("-t", dest="timeout", metavar="SECONDS", default="10", help="how long to try (10)")
-    add("--transport", choices=("kernel", "udp", "crafted"), help="default: kernel and udp in turn")
-    add("-v", dest="verbose", action="store_true", help="show each step and its time")
-    add("host", metavar="HOST")
+    add("-t", "--timeout", type=int, default=10, help="seconds to try (10)")
+    add("--transport", choices=TRANSPORTS, help="default: kernel and udp in turn")
+    add("-v", "--verbose", action="store_true", help="show each step and its time")
+    add("host")
     add("action", choices="OCE", help="O PORT[/tcp|/udp]..., C PORT..., or E COMMAND [ARG...]")
-    add("words", nargs=argparse.REMAINDER, metavar="...")
+    add("words", nargs=argparse.REMAINDER)
     add = command(cmd_keygen, CLIENT_CONFIG, "client: make keyring and key, print the public key")
-    add("user", metavar="USER", help="an email address or the like: me@laptop")
+    add("user", help="an email address or the like: me@laptop")
     add = command(cmd_enroll, ROOT_CONFIG, "server: public key on stdin, profile on stdout (root)")
-    add("--allow", action="append", nargs="+", metavar="WORD",
-        help="what it may do, as in `may` (O 22)")
-    add("--name", metavar="NAME", help="what the log calls it (the key's email)")
+    add("--allow", action="append", nargs="+", help="what it may do, as in `may` (O 22)")
+    add("--name", help="what the log calls it (the key's email)")
     add = command(cmd_join, CLIENT_CONFIG, "client: take the profile on stdin")
-    add("host", metavar="HOST")
+    add("host")
     return parser
-
-
-def explained(error):
-    """(exit code, the line) of what `main`, the listener and the monitor catch."""
-    if isinstance(error, Fault):
-        return error.code, str(error)
-    if isinstance(error, ImportError):
-        return MISSING, f"{error}: apt-get install python3-scapy python3-pil libpcap0.8"
-    if isinstance(error, FileNotFoundError):
-        return MISSING, f"{error.filename} is not there: apt-get install gnupg iptables util-linux"
-    if isinstance(error, UnicodeError):
-        return USAGE, "arguments and input must be UTF-8 text"
-    name = getattr(error, "filename", None) or type(error).__name__
-    return SYSTEM, f"{name}: {getattr(error, 'strerror', error)}"
 
 
 def main():
@@ -1313,7 +1246,7 @@ def main():
         return 130
     except (Fault, ImportError, OSError, UnicodeError) as error:
         code, text = explained(error)
-        print(f"tariq: {printable(text)}", file=sys.stderr)
+        log(f"tariq: {text}")
         return code
 
 
