@@ -61,11 +61,11 @@ def explained(error):
     """(exit code, the line) of an exception, where it ends a program or a request."""
     if isinstance(error, Fault):
         return error.code, str(error)
-    if isinstance(error, FileNotFoundError):
-        return MISSING, (f"{error.filename} is not there: apt-get install gnupg util-linux (programs), "
-                         "tariq.py init on a server or keygen on a client (files)")
-    if isinstance(error, ImportError):
-        return MISSING, f"{error}: apt-get install python3-scapy python3-pil libpcap0.8"
+    if isinstance(error, (ImportError, FileNotFoundError)):
+        return MISSING, (f"{error}: apt-get install gnupg python3-scapy python3-pil libpcap0.8; "
+                         "Tariq's files come from tariq.py init (server) and keygen (client)")
+    if isinstance(error, ValueError):
+        return USAGE, str(error)
     return SYSTEM, str(error)
 
 
@@ -546,11 +546,8 @@ def cmd_knock(options):
     """Knock at options.host, print what was done. Returns the exit code."""
     sections = options.host, "client"
     step = log if options.verbose else str
-    try:
-        command = command_of([options.action, *options.words])
-        ports = options.ports and parse("secret_ports", options.ports)
-    except ValueError as error:
-        raise Fault(USAGE, str(error))
+    command = command_of([options.action, *options.words])
+    ports = options.ports and parse("secret_ports", options.ports)
     config = Config(options.config)
     server, user = config.get("server_key", sections), options.user or config.get("user", sections)
     ports = ports or config.get("secret_ports", sections)
@@ -569,12 +566,12 @@ def cmd_knock(options):
     step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
     done, status, text = converse(options.host, transports, own, key, len(ports), k, sealed,
                                   options.timeout, step)
-    if command[0] != "E" or not done:
-        text = printable(text.decode(errors="replace"))
-        text = text.replace(" for ", f" on {options.host} for ", 1)
     if not done:
-        raise Fault(status or REFUSED, f"{options.host}: {text}")
-    os.write(1, text if command[0] == "E" else f"{text}\n".encode())
+        raise Fault(status or REFUSED, f"{options.host}: {text.decode(errors='replace')}")
+    if command[0] != "E":
+        words = printable(text.decode(errors="replace"))
+        text = words.replace(" for ", f" on {options.host} for ", 1).encode() + b"\n"
+    os.write(1, text)
     return status
 
 
@@ -616,10 +613,7 @@ class Listener:
         from scapy.arch.common import compile_filter
         ports = " or ".join(f"dst port {port}" for port in self.ports)
         text = f"(tcp or udp) and ({ports}) and greater {LEAST} and less {MOST}"
-        try:
-            program = compile_filter(text, linktype=12)  # raw IP
-        except Exception as error:  # scapy's own
-            raise ImportError(error)
+        program = compile_filter(text, linktype=12)  # raw IP
         rest = [(step.code, step.jt, step.jf, step.k) for step in program.bf_insns[:program.bf_len]]
         code = b"".join(struct.pack("HBBI", *step) for step in (*TO_THIS_HOST, *rest))
         where = ctypes.create_string_buffer(code)
@@ -1038,8 +1032,7 @@ def cmd_server(options):
         signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
     monitor = Monitor(Config(options.config, root=True), signals)
     namespace = os.stat("/proc/self/ns/net").st_ino  # a chain belongs to a network namespace
-    lock = os.open(f"/run/tariq-{monitor.chain}-{namespace}.lock",
-                   os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    lock = open(f"/run/tariq-{monitor.chain}-{namespace}.lock", "wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
     except BlockingIOError:
@@ -1068,8 +1061,9 @@ def locked_directory(path):
 
 def write_private(path, text):
     """Write a file of mode 0600, whole or not at all: the server may read it at any moment."""
-    os.umask(0o077)
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    import tempfile
+    directory = os.path.dirname(path)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -1135,13 +1129,10 @@ def cmd_keygen(options):
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
-    try:
-        allow = map(" ".join, options.allow or [["O 22"]])
-        lines = [shlex.join(command_of(shlex.split(line))) for line in allow]
-        if "#" in "".join(lines):
-            raise ValueError("may hold no #: in a config that is a comment")
-    except ValueError as error:
-        raise Fault(USAGE, f"--allow {error}")
+    allow = [" ".join(words) for words in options.allow or [["O 22"]]]
+    lines = [shlex.join(command_of(shlex.split(line))) for line in allow]
+    if "#" in "".join(lines):
+        raise Fault(USAGE, "--allow needs words without #: in a config that begins a comment")
     text = sys.stdin.buffer.read(GPG_MAX)  # before the lock: keygen at its other end may hold it
     locked_directory(options.config)
     config = Config(options.config, root=True)
@@ -1244,7 +1235,7 @@ def main():
         return options.function(options)  # an exit code; None is 0
     except KeyboardInterrupt:
         return 130
-    except (Fault, ImportError, OSError, UnicodeError) as error:
+    except (Fault, ImportError, OSError, ValueError) as error:
         code, text = explained(error)
         log(f"tariq: {text}")
         return code
