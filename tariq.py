@@ -263,7 +263,7 @@ def cover(directory):
         with Image.open(path, formats=["PNG"]) as image:
             left, top = (secrets.randbelow(size - SIDE + 1) for size in image.size)
             return image.crop((left, top, left + SIDE, top + SIDE)).convert("RGB").tobytes()
-    except (OSError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError):
+    except Exception:  # there is none, or Pillow's many for a bad one
         raise Fault(BAD_DATA, f"{path}: needs PNG images (.png) of {SIDE} x {SIDE} pixels at least")
 
 
@@ -308,6 +308,7 @@ FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it with all hea
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 LEAST, MOST = 75, 1320  # bytes of a packet: IPv4, UDP, a frame with an id; IPv4, TCP, FRAME_MAX
 
+# Both addresses as bytes, both ports, the TCP header (of UDP: none), the payload, the link address.
 Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 
 
@@ -345,9 +346,8 @@ def unframe(key, label, payload, least):
 
 
 def split(packet, link):
-    """An IP packet (RFC 791, 8200) and its link address -> Packet: addresses as bytes, ports, the
-    TCP header (RFC 9293; of UDP none), payload. Called with anybody's bytes: LEAST of them at
-    least, beyond which nothing is indexed, and no padding, which shorter frames may have."""
+    """An IP packet (RFC 791, 8200, 9293) -> Packet. Called with anybody's bytes: LEAST of them at
+    least, beyond which nothing is indexed, and so without the padding of short frames."""
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
     else:
@@ -490,7 +490,7 @@ def open_transports(host, family, kind, ports):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(targets[0])  # sends nothing: it looks up the route
             own = probe.getsockname()[0].partition("%")[0]
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise Fault(NO_ANSWER, f"{host}: {error}: another name, -4 or -6?")
     kinds = [kind] if kind else ["kernel", "udp"][not hasattr(socket, "MSG_FASTOPEN"):]
     return [TRANSPORTS[kind](family, own, targets) for kind in kinds], own
@@ -625,7 +625,7 @@ class Listener:
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
-                self.sort(*passed)
+                self.collect(*passed)
 
     def gate(self, data, link):
         """An authentic frame of now, not seen before, at its own port -> (position, id, piece,
@@ -650,7 +650,7 @@ class Listener:
         if len(self.seen) > SEEN_MAX:
             self.seen.popitem(last=False)
 
-    def sort(self, position, knock_id, piece, packet):
+    def collect(self, position, knock_id, piece, packet):
         """A frame to its knock. The address that counts is that of the first last fragment."""
         if knock := self.knocks.get(knock_id):
             if position >= self.last and packet.sender == knock.packet.sender:
@@ -756,7 +756,8 @@ def cmd_listener(descriptors):
         check_unprivileged()
         import PIL.PngImagePlugin  # now, as scapy's layers, so that no knock waits for it
         scapy_layers()
-        gpg(listener.settings["home"], "--list-secret-keys", listener.settings["own"])  # + agent
+        home, own = listener.settings["home"], listener.settings["own"]
+        gpg(home, "--list-secret-keys", own)  # is it there? This also starts gpg-agent
         listener.attach_filter()
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.say(f"listening for knocks on {len(listener.ports)} ports")
@@ -831,7 +832,7 @@ class Monitor:
                          "home": config.get("server_gpg_dir"), "own": config.get("server_key"),
                          "patience": config.get("command_timeout", default=30)}
 
-    def lead(self, program):
+    def link_chain(self, program):
         """Let INPUT lead to the chain: at start, and where a flush or a reload took that away."""
         if run(*program, "-C", "INPUT", "-j", self.chain, changes=False, check=False)[0]:
             run(*program, "-N", self.chain, check=False)  # it may be there
@@ -840,21 +841,21 @@ class Monitor:
     def prepare(self):
         """Empty the chain, try the rules, warn where nothing is hidden."""
         for program, ip in self.families:
-            self.lead(program)
+            self.link_chain(program)
             if run(*program, "-A", self.chain, *TIME_MATCH[:-1], "2038-01-19", check=False)[0]:
                 log(f"{program[0]}: this kernel has no time match (xt_time)")
                 self.rules = {name: rule[:-6] + rule[-2:] if rule[-6:-2] == TIME_MATCH else rule
                               for name, rule in self.rules.items()}
             for port in ("9/tcp", "9/udp"):
-                run(*self.door(ip, port, "", 0)[0])
+                run(*self.door_words(ip, port, "", 0)[0])
             run(*program, "-F", self.chain)
             rules = run(*program, "-S", "INPUT", changes=False)[1].splitlines()
             if "-P INPUT DROP" not in rules and rules[-1] != "-A INPUT -j DROP":
                 log(f"{program[0]}: INPUT does not drop: nothing is hidden: see README, step 3")
         timed = self.families and all("{until}" in rule for rule in self.rules.values())
-        log(f"chain {self.chain}: {'the kernel' if timed else 'this server'} ends doors")
+        log(f"{'the kernel' if timed else 'this server'} ends doors")
 
-    def door(self, ip, port, user, seconds):
+    def door_words(self, ip, port, user, seconds):
         """The words that open a door, and those that close it."""
         (number, protocol), six = port.split("/"), ":" in ip
         until = time.gmtime(min(FOREVER, time.time() + seconds))
@@ -871,8 +872,8 @@ class Monitor:
         """One door for an address and port; opened again, a new end. Raises Fault."""
         self.close(ip, port)
         if self.families:
-            self.lead(FAMILIES[":" in ip][0])
-        opening, closing = self.door(ip, port, user, seconds)
+            self.link_chain(FAMILIES[":" in ip][0])
+        opening, closing = self.door_words(ip, port, user, seconds)
         self.doors[ip, port] = closing, monotonic() + seconds  # first: it may open, and then fail
         run(*opening)
 
@@ -901,8 +902,10 @@ class Monitor:
             with suppress(OSError, AttributeError):  # each has a session of its own
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        closing = [words for words, _ in self.doors.values()] if self.opening else []
-        for words in (*closing, *([*program, "-F", self.chain] for program, _ in self.families)):
+        closing = [words for words, _ in self.doors.values()]
+        if self.families:
+            closing = [[*program, "-F", self.chain] for program, _ in self.families]
+        for words in closing:
             status, said = run(*words, check=False)
             if status:
                 log(f"{said.strip()} ({status}): doors may be open until their time")
@@ -1050,6 +1053,7 @@ def cmd_server(options):
 
 PROFILE = "secret_ports", "secret", "server_key"  # of a server's config, which its clients need
 
+
 def locked_directory(path):
     """Make a config's directory, which others may pass through, and lock it until this process
     ends. Returns it."""
@@ -1084,11 +1088,12 @@ def show_key(home, text):
     listing = b""
     with suppress(Fault):  # gpg's words on what is no key say less
         listing, _ = gpg(home, "--with-colons", "--show-keys", data=text)
-    fields = [line.split(":") for line in listing.decode(errors="replace").splitlines()]
-    kinds = [field[0] for field in fields]
-    if kinds.count("pub") != 1 or "sec" in kinds or "uid" not in kinds:
+    listing = listing.decode(errors="replace")
+    keys = re.findall(r"(?m)^(pub|sec):.*\nfpr:+(\w{40})", listing)  # GnuPG doc/DETAILS
+    users = re.findall(r"(?m)^uid:(?:[^:]*:){8}([^:]*)", listing)
+    if [kind for kind, _ in keys] != ["pub"] or not users:
         raise Fault(BAD_DATA, "needs one public key on stdin, which tariq.py keygen prints")
-    return fields[kinds.index("fpr")][9], fields[kinds.index("uid")][9]  # of the primary key
+    return keys[0][1], users[0]
 
 
 def cmd_init(options):
