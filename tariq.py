@@ -22,9 +22,9 @@ sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, 
 time, and has a fresh nonce: the same bytes twice are a replay, always. The client repeats its knock
 in new frames until it has the result; the server acts once. Patience is how long a command may run.
 
-Trust boundaries: bytes from the wire reach `Listener.gate`, `split`, `unframe`, and no more until
-the tag holds. The listener (gpg, Pillow, scapy) is unprivileged from its first instruction. The
-monitor (root, standard library only) believes no message of the listener. Below, as data flows.
+Trust boundaries: until its tag holds, a packet reaches `Listener.gate`, `split`, `unframe` alone.
+The listener (gpg, Pillow, scapy) is unprivileged from its first instruction; taken over, it can
+name any client as signer, and get what that one `may`. The monitor (root) is standard library only.
 """
 import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd
 import queue, re, secrets, select, shlex, signal, socket, struct, sys, threading, time, zlib
@@ -33,7 +33,7 @@ from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 
-# Exit codes after sysexits.h, away from those of most remote commands: E exits with the command's.
+# Exit codes after sysexits.h, rarely a remote command's: a knock E COMMAND exits with that one's.
 USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER = 64, 65, 69, 70, 71, 75
 RELAYED, REFUSED, CONFIG = 76, 77, 78
 EXIT_CODES = """exit codes: 0 done; E: the command's (137: killed at its limit); 64 usage; 65 image,
@@ -92,18 +92,18 @@ def patterns_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 KEY = (r"[0-9A-Fa-f]{40}", "a key's fingerprint, 40 hex digits without spaces", str.upper)
 WORDS = (r"(?=.*\{ip\})(?=.*\{dport\}).+", "words with {ip} and {dport} among them", shlex.split)
+RULES = (r"-A \S+ " + WORDS[0], "-A CHAIN, then " + WORDS[1], shlex.split)
 SECONDS = (r"\d{1,8}", "a whole number of seconds", int)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports, with commas", ports_of),
     "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64",
                base64.b64decode),
-    "key": KEY, "server_key": KEY, "open_tcp_port": WORDS, "open_udp_port": WORDS,
+    "key": KEY, "server_key": KEY, "open_tcp_port": RULES, "open_udp_port": RULES,
     "open_command": WORDS, "close_command": WORDS, "open_timeout": SECONDS,
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
     "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)\w[\w-]{0,27}", "a chain of its own", str),
-    "may": (r"[^\0]*", "lines of O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...]",
-            patterns_of),
+    "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
 }
 
 def parse(key, text):
@@ -126,7 +126,7 @@ class Config:
                 self.text = file.read()
                 self.ini.read_string(self.text)
             except (ValueError, configparser.Error):  # which quotes the line: perhaps the secret
-                raise Fault(CONFIG, f"{path} is not INI: lines need to be [section] or key = value")
+                raise Fault(CONFIG, f"{path} is not INI: needs [section] or key = value, once each")
             status = os.fstat(file.fileno())
         if status.st_mode & 0o077 or (root and status.st_uid):
             raise Fault(CONFIG, f"{path}: chmod 600 it; if root's commands obey it, chown root it")
@@ -141,8 +141,8 @@ class Config:
                 except ValueError as error:
                     raise Fault(CONFIG, f"{self.path}: [{section}] {key}: {error}")
         if default is None:
-            raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing: tariq.py init, "
-                                "keygen and join write it; see tariq.conf.example")
+            raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing: written by hand "
+                                "or by init, keygen, join: see tariq.conf.example")
         return default
 
     def clients(self):
@@ -158,27 +158,27 @@ GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-r
        "--trust-model always --status-fd 2").split()  # whom to trust, [allow] says
 SILENT = "--logger-file", "/dev/null"  # gpg's words on data of others, which may quote them
 INPUT_MAX = 65_536  # bytes that are read of gpg, and of standard input
-UNSEAL_TIME = 1  # second; 15 ms do, but nested compression takes 10 s
-PLAIN_MAX = 8192  # bytes that may come out of a seal: twice a PNG of SIDE x SIDE pixels
+UNSEAL_TIME = 1  # second: 15 ms are usual, and nested compression would take 10 s
+PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 SETPRIV = ("setpriv --pdeathsig KILL --clear-groups --inh-caps=-all --ambient-caps=-all "
            "--bounding-set=-all --no-new-privs").split()
 TROUBLE = re.compile(r"(?m)^\[GNUPG:\] ((?:NO_|NODATA|BAD|ERR|EXP|REV|FAIL)\w*|\w+_FAILED)")
 
 def as_owner(directory):
-    """The words by which root runs a program as a directory's owner; others need none."""
+    """The words by which root runs a program as a directory's owner, without any privilege."""
     owner = os.stat(directory)
-    words = [*SETPRIV, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}"]
-    return [] if os.geteuid() else words
+    return [*SETPRIV, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}"]
 
 def gpg(home, *arguments, data=b"", seconds=60):
     """Run gpg once -> (output, stderr with status lines). What lies in a keyring's directory may
     command gpg-agent, so root runs gpg as the directory's owner. Raises Fault with gpg's words."""
     home = os.path.expanduser(home)
+    change = as_owner(home) if os.stat(home).st_uid and not os.geteuid() else []
     with suppress(OSError):  # where pinentry asks for a passphrase
         os.environ["GPG_TTY"] = os.ttyname(2)
-    with Popen([*as_owner(home), *GPG, "--homedir", home, *arguments], stdin=PIPE, stdout=PIPE,
-               stderr=PIPE, start_new_session=not os.geteuid()) as process:  # not root's terminal
+    with Popen([*change, *GPG, "--homedir", home, *arguments], stdin=PIPE, stdout=PIPE,
+               stderr=PIPE, start_new_session=bool(change)) as process:  # not root's terminal
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()
@@ -190,9 +190,9 @@ def gpg(home, *arguments, data=b"", seconds=60):
     timer.cancel()
     if process.returncode:
         said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
-        hint = f"{said} (a passphrase needs a terminal, and pinentry-curses)"
-        raise Fault(BAD_DATA, f"gpg, keyring {home}: exit status {process.returncode} "
-                              f"{' '.join(TROUBLE.findall(words))} {hint if said else ''}")
+        said = said and f"{said} (a passphrase? That needs a terminal, and pinentry-curses)"
+        raise Fault(BAD_DATA, f"gpg, {home}: exit status {process.returncode} (-9: {seconds} s) "
+                              f"{' '.join(TROUBLE.findall(words))} {said}")
     return output, words
 
 def exactly(user):
@@ -271,7 +271,7 @@ TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 # Bytes of a packet: IPv4 20, UDP 8, HEAD, position 1, ID; IPv4 and TCP at their longest, FRAME_MAX.
 LEAST, MOST = 75, 1320
 
-# Addresses as bytes, ports, the TCP header (of UDP: none), the payload, where recvfrom had it from.
+# Addresses as bytes, ports (port: the sender's), TCP header or b"", payload, recvfrom's address.
 Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 
 def keyed(key, label, data, size):
@@ -303,7 +303,7 @@ def unframe(key, label, payload, least):
 
 def split(packet, link):
     """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet."""
-    packet = packet.ljust(LEAST)  # within which headers are read; it has no link's padding
+    packet = packet.ljust(LEAST)  # no read of a header ends beyond; too long for a link to pad
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
     else:
@@ -353,7 +353,7 @@ def kernel(family, _, targets, frames):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends by RST
         sock.setsockopt(socket.IPPROTO_TCP, 34, 1)  # TCP_FASTOPEN_NO_COOKIE in linux/tcp.h
         sock.sendto(payload, socket.MSG_FASTOPEN, target)
-    return sock  # of the others the SYN is out
+    return sock  # the last: the others end here, their SYN is out
 
 def udp(family, _, targets, frames):
     """The frames as datagrams of one ordinary UDP socket: nothing in it is Linux's own."""
@@ -370,7 +370,7 @@ class Crafted:
     def __init__(self, family, own, targets, frames):
         try:
             self.raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
-            self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+            self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # all
         except PermissionError:
             raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: sudo, or no --transport")
         self.raw.connect(targets[0])
@@ -428,7 +428,7 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
             sockets[transport(*route, frames)] = transport
         except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
             trouble = f" ({error})"
-        if len(sockets) > 4:  # the oldest, before its third time-out: Linux may turn Fast Open off
+        if len(sockets) > 4:  # close the oldest: three SYN time-outs, and Linux stops Fast Open
             del sockets[next(iter(sockets))]
         again = min(end, monotonic() + wait * secrets.SystemRandom().uniform(0.75, 1.25))
         wait = min(wait * BACKOFF, LONGEST)
@@ -441,7 +441,7 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
                 seen = challenge[1][34:].decode(errors="replace")
                 if mine and seen != mine:
                     raise Fault(RELAYED, f"the server sees {seen}, this machine is {mine}: nothing "
-                                         "was opened; somebody relays it or translates its address")
+                                         "was opened; a relay, or NAT: try -4, -6, another network")
                 if not challenged:
                     step(f"the server has unsealed the request, and sees {seen}")
                     challenged, end = True, monotonic() + seconds + min(999, patience)
@@ -450,14 +450,14 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
                 with suppress(OSError):
                     sock.send(frame(key, b"knock", bytes([count]) + proof))
     if challenged:
-        raise Fault(NO_ANSWER, f"{host} sent a challenge but no result: knock again")
+        raise Fault(NO_ANSWER, f"{host} sent no result, but may have acted: look, then knock again")
     raise Fault(NO_ANSWER, f"no answer from {host} in {seconds} s: wrong ports, secret, clock or "
                            f"key, no server, or a firewall{trouble}: try another --transport")
 
 def cmd_knock(options):
     """Knock at options.host, print what was done. Returns the exit code."""
     sections = options.host, "client"
-    step = log if options.verbose else str
+    step = log if options.verbose else str  # str: to say nothing
     command = command_of([options.action, *options.words])
     ports = options.ports and parse("secret_ports", options.ports)
     config = Config(options.config)
@@ -488,13 +488,13 @@ def cmd_knock(options):
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
 CLOCK_SKEW = 60_000  # milliseconds that a client's clock may differ
 SEEN_MAX = 65_536  # nonces and ids remembered: a frame is good for two minutes, so 500 a second
-KNOCKS_MAX = 256  # of which some fragments are there; and as many of which all are
+KNOCKS_MAX = 256  # incomplete knocks kept (then the oldest goes); and as many complete ones
 UNANSWERED_MAX = 16  # knocks of one address (IPv6: /64) that nobody has answered for
 ANSWER_TIME, REPEAT_TIME = 30, 10  # seconds from challenge to answer; in which a result is repeated
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 
 class Knock:
-    """A knock from its first fragment to its last result."""
+    """From first fragment to last result. packet: what to answer; owner: who has not answered."""
 
     def __init__(self):
         self.pieces, self.packet, self.owner = {}, None, None
@@ -510,7 +510,7 @@ class Listener:
         self.seen, self.partial, self.knocks = OrderedDict(), OrderedDict(), {}
         self.gpg_slots = threading.Semaphore(4)
 
-    # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, `mask`, and from here ==
+    # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, and from here ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -525,7 +525,7 @@ class Listener:
         # == to here. Who sent it has the secret; who it is, gpg will say. ==
         (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
         if abs(now - sent) > CLOCK_SKEW or sent <= self.began <= now or nonce in self.seen:
-            return None  # what was seen before it began, this process cannot know
+            return None  # from before it began: perhaps a replay (clock set back since? no telling)
         self.remember(nonce)
         if data[0] > self.last + 1 or packet.own_port != self.ports[min(data[0], self.last)]:
             return None
@@ -537,7 +537,7 @@ class Listener:
             self.seen.popitem(last=False)
 
     def collect(self, position, knock_id, piece, packet):
-        """A frame to its knock. The address that counts is that of the first last fragment."""
+        """A frame to its knock, whose address is where its last fragment first came from."""
         if knock := self.knocks.get(knock_id):
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet
@@ -588,7 +588,7 @@ class Listener:
         patience = self.settings["patience"]
         challenge = nonce + patience.to_bytes(2, "big") + address.encode()
         answer, end = keyed(reply_key, b"answer", nonce, 32), monotonic() + ANSWER_TIME
-        position, piece = self.last, b""
+        position, piece = self.last, b""  # the last fragment is there: begin with a challenge
         while not hmac.compare_digest(piece, answer):
             if position == self.last:  # the knock, and its repeats
                 self.reply(knock.packet, frame(reply_key, b"challenge", challenge))
@@ -606,7 +606,7 @@ class Listener:
         with suppress(OSError):  # an interface that is gone: the client repeats itself
             self.sock.sendto(respond(packet, payload), packet.link)
 
-    def say(self, message):
+    def say(self, message):  # text for the log, or a request: [knock id, signer, command, sender]
         self.channel.send(json.dumps(message).encode())
 
     def take_results(self):
@@ -616,7 +616,7 @@ class Listener:
                 knock.result.put(message[ID:])
 
 def check_unprivileged():
-    """Raises Fault where `start_listener` left this process more than its two sockets (proc(5))."""
+    """Raises Fault where root's ids, groups, capabilities are left (proc(5)); drops its keyring."""
     with open("/proc/self/status", encoding="ascii") as file:
         status = file.read()
     if re.search(r"(?m)^([UG]id:.*\b0\b|Groups:.*\d|Cap...:\s*0*[1-9a-f]|NoNewPrivs:\s*0)", status):
@@ -641,7 +641,7 @@ def cmd_listener(descriptors):
         listener.say(explained(error)[1])
         os._exit(DIED)  # with all its threads; the monitor sees its channel close
 
-# ---- monitor: checked requests in, rules and commands out. ALL THAT FOLLOWS RUNS AS ROOT ---------
+# ---- monitor: requests in, rules and commands out. RUNS AS ROOT, from here to the set-up ---------
 # BPF (linux/bpf_common.h, filter.h) in hexadecimal: operation, two jumps, value. It passes what may
 # be a frame (LEAST, MOST), to this host alone (not sent by it, nor to others), without a VLAN tag
 # (the VLAN's interface delivers it again). A test of each port follows it.
@@ -664,7 +664,7 @@ FRAMES_ONLY = f"""
 """
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 COMMANDS_MAX = 16  # at once
-ANY = 255  # an exit status
+ANY = 255  # as run's `most`: whatever the exit status
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 FOREVER = 2**31 - 1  # seconds since 1970, the last that iptables' time match takes; or no end
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -673,7 +673,7 @@ RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol}
 # The programs, and an address to try rules with.
 FAMILIES = (("iptables", "-w", "5"), "192.0.2.1"), (("ip6tables", "-w", "5"), "2001:db8::1")
 FIELD = re.compile(r"\{(\w+)\}")
-END_WITH_ME = "setpriv", "--pdeathsig", "TERM"  # also after kill -9
+END_WITH_ME = "setpriv", "--pdeathsig", "TERM"  # when this server is gone, also by kill -9
 
 def launch(words, seconds, before=()):
     """Log and start a program; timeout(1) kills it and its group after so many seconds."""
@@ -700,8 +700,8 @@ def run(*words, most=0):
     return status, text
 
 def permitted(patterns, command):
-    """Whether patterns of `may` permit a command, both from `command_of`: each port; E: each word,
-    where * is any one, at the end any number."""
+    """Whether patterns of `may` permit a command, both from `command_of`. O, C: it has all ports.
+    E: one fits word by word, where * is any word; as the last one any number of them, or none."""
     if command[0] != "E":
         allowed = {port for action, *ports in patterns if action == command[0] for port in ports}
         return allowed.issuperset(command[1:])
@@ -755,7 +755,7 @@ class Monitor:
             self.link_chain(program)
             for port in ("9/tcp", "9/udp"):
                 if run(*self.door_words(ip, port)[0], most=ANY)[0]:
-                    log(f"{program[0]}: without the time match (xt_time) that this kernel lacks")
+                    log(f"{program[0]} refuses -m time (no xt_time in this kernel?): without it")
                     for words in self.words["tcp"] + self.words["udp"]:
                         if words[-6:-2] == RULE[-6:-2]:
                             del words[-6:-2]
@@ -768,8 +768,8 @@ class Monitor:
             log("this server ends doors, not the kernel: kill -9 leaves them open")
 
     def close(self, ip, port, user=""):
-        """Close a door, also one of an earlier server. Raises Fault and keeps it in mind where
-        iptables fails, but for want of the rule (1); a close_command runs once."""
+        """Close a door, known or (by close_command) of an earlier server. If iptables fails: Fault,
+        and it stays in self.doors. Not so where the rule is gone (1) or a close_command fails."""
         _, closing = self.doors.get((ip, port)) or self.door_words(ip, port, user)
         run(*closing, most=1 if self.families else ANY)
         self.doors.pop((ip, port), None)
@@ -782,19 +782,19 @@ class Monitor:
         for words in closing:
             status, text = run(*words, most=ANY)
             if status:
-                log(f"{text.strip()} ({status}): doors may be open until their time")
+                log(f"{text.strip()} ({status}): doors may be open: {shlex.join(words)}")
 
     def handle(self, data):
-        """A message of the listener, of which nothing is believed: who may do what is looked up."""
+        """One message. The listener's word counts for who signed, where; not for what they may."""
         try:
             message = json.loads(data)
             if isinstance(message, str):
                 return log(f"listener: {message[:1000]}")
             knock_id, signer, command, sender = message
             knock_id, ip = bytes.fromhex(knock_id), str(ipaddress.ip_address(bytes.fromhex(sender)))
-            user, command = parse("key", signer), command_of(command)
+            user, command = parse("key", signer), command_of(command)  # by fingerprint; named below
         except Exception:  # whatever it is
-            return log("a malformed message from the listener: is it still itself?")
+            return log("a malformed message: the listener may be taken over: stop it, look")
         event = f"{ip} {shlex.join(command)}"
         try:
             config = Config(self.config.path, root=True)  # afresh: an edit holds from now on
@@ -830,8 +830,8 @@ class Monitor:
         return f"opened {names} for {ip} until {'closed' if seconds == FOREVER else stamp}"
 
     def execute(self, knock_id, event, user, words):
-        """Start a permitted command without a shell, which ends with this server; a thread waits
-        for it. What makes a session of its own may stay."""
+        """Start a permitted command, without a shell; a thread waits for it. It ends with this
+        server, unless it makes a session of its own."""
         if threading.active_count() > COMMANDS_MAX:
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run: knock again")
         process = launch(words, self.settings["patience"], END_WITH_ME)
@@ -848,7 +848,7 @@ class Monitor:
                               socket.MSG_DONTWAIT)
 
     def start_listener(self):
-        """The listener: this file on stdin, two sockets, a user's ids, and nothing of root's."""
+        """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
         listing = FRAMES_ONLY.strip()
         for port in self.settings["ports"]:
             listing += f"\n15 0 1 {port:x}\n06 0 0 {MOST:x}"  # is it this one? All of the packet
@@ -860,12 +860,12 @@ class Monitor:
         for option, value in ((26, program), (44, 1), (33, RECEIVE_BUFFER)):
             packets.setsockopt(socket.SOL_SOCKET, option, value)  # ATTACH, LOCK_FILTER, RCVBUFFORCE
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
         descriptors = packets.fileno(), theirs.fileno()
         with packets, theirs, open(__file__, "rb") as source:
             Popen([*as_owner(self.settings["home"]), sys.executable, "-I", "-", "listener",
                    *map(str, descriptors)], stdin=source, stdout=DEVNULL, stderr=DEVNULL, cwd="/",
                   env={"HOME": "/"}, pass_fds=descriptors, start_new_session=True)
-        self.channel.send(json.dumps(self.settings).encode())
 
     def serve(self):
         """Until a signal ends it. It sleeps until there is a message, a signal, or a door's end."""
@@ -886,11 +886,11 @@ class Monitor:
                 with suppress(ConnectionError):
                     message = self.channel.recv(MESSAGE_MAX)
                 if not message:
-                    raise Fault(DIED, "the listener died: every door is closed (it said nothing? "
-                                      "setpriv needs CAP_SETUID, CAP_SETGID, CAP_SETPCAP)")
+                    raise Fault(DIED, "the listener died, doors closed: its last line says why, "
+                                      "else setpriv needs CAP_SETUID, CAP_SETGID, CAP_SETPCAP")
                 self.handle(message)
 
-def need_root():
+def need_root():  # and nothing of the caller's environment
     if os.geteuid():
         raise Fault(SYSTEM, "this needs root: sudo")
     os.environ.clear()  # no program that root starts gets the caller's environment
@@ -918,7 +918,7 @@ def cmd_server(options):
     finally:
         monitor.stop()
 
-# ---- set-up: once, by hand; says on stderr what it did, file by file -----------------------------
+# ---- set-up: once, by hand; init, enroll as root, keygen, join as the user; gpg as keyrings' owner
 PROFILE = "secret_ports", "secret", "server_key"  # of a server's config, which its clients need
 
 def locked_directory(path):
@@ -931,7 +931,7 @@ def locked_directory(path):
 
 def write_private(path, text):
     """Write a config, whole or not at all: the server may read it at any moment."""
-    with open(f"{path}.new", "x", encoding="utf-8") as file:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -989,7 +989,7 @@ def cmd_keygen(options):
         key = re.search(rb"(?m)^fpr:+(\w{40})", listing)[1].decode()
     except Fault:  # there is none
         key = make_key(home, options.user)
-    log(f"the key of {options.user} is {key}")
+    log(f"the key of {options.user} is {key} (knocks: of `user` in {path})")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
@@ -1015,7 +1015,7 @@ def cmd_enroll(options):
         section = f"[allow {name}]\nkey = {key}\nmay ={may}\n"
         write_private(config.path, f"{config.text.rstrip()}\n\n{section}")
         log(f"{name} ({key}) may {'; '.join(lines)}")
-    profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}
+    profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}  # as text
     profile["public_key"] = gpg(home, "--armor", "--export", own)[0].decode()
     print(json.dumps(profile))
 
