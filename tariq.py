@@ -134,8 +134,7 @@ class Config:
     def get(self, key, sections=("server",), default=None):
         """The first value that one of the sections has for a key, parsed."""
         for section in sections:
-            text = self.ini.get(section, key, fallback="").strip()
-            if text:
+            if text := self.ini.get(section, key, fallback="").strip():
                 try:
                     return parse(key, text)
                 except ValueError as error:
@@ -248,8 +247,8 @@ def hide(samples, data):
     samples = bytes(sample & 0xFE | bit for sample, bit in zip(samples, bits))
     rows = b"".join(b"\0" + samples[start:start + ROW] for start in range(0, SIDE * ROW, ROW))
     header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
-            + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 0))
+            + chunk(b"IEND", b""))  # not compressed: its size tells nothing of the request's
 
 def reveal(png):
     """PNG -> data and spaces. The size comes first: a bomb stays packed. Raises Fault."""
@@ -566,7 +565,7 @@ class Listener:
         except queue.Empty:
             pass  # its time is over
         except Exception as error:  # whatever becomes of one knock, the next is served
-            self.say(f"{address}: knock refused: {explained(error)[1]}")
+            self.say(f"{address}: knock refused: {explained(error)[1][:1000]}")
         self.remember(knock_id)  # before it goes: its repeats shall start no gpg
         del self.knocks[knock_id]
 
@@ -670,7 +669,6 @@ FOREVER = 2**31 - 1  # seconds since 1970, the last that iptables' time match ta
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {dport} "
         "-m time --datestop {until} -j ACCEPT").split()
-# The programs, and an address to try rules with.
 FAMILIES = (("iptables", "-w", "5"), "192.0.2.1"), (("ip6tables", "-w", "5"), "2001:db8::1")
 FIELD = re.compile(r"\{(\w+)\}")
 END_WITH_ME = "setpriv", "--pdeathsig", "TERM"  # when this server is gone, also by kill -9
@@ -744,7 +742,8 @@ class Monitor:
         number, protocol = port.split("/")
         until = time.gmtime(min(FOREVER, time.time() + seconds))
         fields = {"ip": ip, "dport": number, "protocol": protocol, "user": user,
-                  "until": time.strftime("%Y-%m-%dT%H:%M:%S", until), "seconds": str(seconds),
+                  "until": time.strftime("%Y-%m-%dT%H:%M:%S", until),
+                  "seconds": str(min(seconds, 99_999_999)),  # nft takes no more
                   "version": "6" if ":" in ip else "4", "iptables": FAMILIES[":" in ip][0][0]}
         return [[FIELD.sub(lambda field: fields.get(field[1], field[0]), word) for word in words]
                 for words in self.words[protocol]]
@@ -754,7 +753,7 @@ class Monitor:
         for program, ip in self.families:
             self.link_chain(program)
             for port in ("9/tcp", "9/udp"):
-                if run(*self.door_words(ip, port)[0], most=ANY)[0]:
+                if all(run(*self.door_words(ip, port)[0], most=ANY)[0] for _ in range(2)):
                     log(f"{program[0]} refuses -m time (no xt_time in this kernel?): without it")
                     for words in self.words["tcp"] + self.words["udp"]:
                         if words[-6:-2] == RULE[-6:-2]:
@@ -780,9 +779,10 @@ class Monitor:
         if self.families:
             closing = [(*program, "-F", self.chain) for program, _ in self.families]
         for words in closing:
-            status, text = run(*words, most=ANY)
-            if status:
-                log(f"{text.strip()} ({status}): doors may be open: {shlex.join(words)}")
+            try:
+                run(*words)
+            except Exception as error:  # whatever it is, the others follow
+                log(f"{explained(error)[1]}: doors may be open: {shlex.join(words)}")
 
     def handle(self, data):
         """One message. The listener's word counts for who signed, where; not for what they may."""
@@ -806,7 +806,7 @@ class Monitor:
                 return self.execute(knock_id, event, user, command[1:])
             seconds = config.get("open_timeout", [section, "server"], 3600) or FOREVER
             status, text = 0, self.move_doors(command, ip, user, seconds)
-        except (Fault, OSError) as error:
+        except Exception as error:  # whatever becomes of one request, doors are watched
             status, text = explained(error)
         self.finish(knock_id, f"{user} {event}: {text}", not status, status, text.encode())
 
@@ -878,8 +878,8 @@ class Monitor:
             for door in [door for door, (end, _) in self.doors.items() if end <= monotonic()]:
                 try:
                     self.close(*door)
-                except Fault as fault:
-                    log(f"{' '.join(door)} is not closed: {fault.args[1]}: trying again")
+                except Exception as error:
+                    log(f"{' '.join(door)} is not closed: {explained(error)[1]}: trying again")
                     time.sleep(1)
             if self.channel in ready:
                 message = b""

@@ -707,6 +707,7 @@ def test_hidden_data_comes_back_from_empty_to_exact_capacity():
         assert tariq.reveal(tariq.hide(tariq.cover(""), data)) == padded == tariq.reveal(make_png(data))
     with pytest.raises(tariq.Fault, match="1 bytes too long"):
         tariq.hide(tariq.cover(""), bytes(487))
+    assert len({len(tariq.hide(tariq.cover(""), bytes(size))) for size in range(487)}) == 1, "it tells the size"
 
 
 def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_error(tmp_path):
@@ -1131,6 +1132,12 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(box
     wait_for(lambda: box.tariq.log.count(refused) >= 12, "the bombs are not over", 12 * 1.5 + 5)
     ended = re.findall(f"{refused}.*exit status -9", box.tariq.log)
     assert len(ended) >= 12 and box.tariq.process.poll() is None, "each was ended at its time"
+    before, noisy = box.tariq.log.count("knock refused"), Peer(box, host=box.other)
+    signature = b"\x88\x1f" + bytes.fromhex("040001080006 050200000001 000a 0910 0123456789abcdef 0000 0008 80")
+    noisy.sealed = b"\xa3\x02" + zlib.compress(signature * 700)  # each has a line in gpg's words
+    noisy.send(noisy.frames())
+    wait_for(lambda: box.tariq.log.count(f"{refused}") > len(ended) and box.tariq.log.count("knock refused") > before)
+    assert "malformed" not in box.tariq.log
 
 
 # ---- a knock opens a port on a real host, and nothing else does ------------------------------------------------------
@@ -1703,7 +1710,7 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
 
 def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_servers_lock(box):
     home = make_server(box.lab, box.other, "clean").parent / ".server-gpg"
-    wait_for(lambda: not [pid for pid in os.listdir("/proc") if pid.isdigit() and f"{home}\0" in proc(pid, "cmdline")])
+    wait_for(lambda: not box.server.run("pgrep", "-f", str(home), check=False).stdout, "gpg-agent stays")
     number = box.server.run("stat", "-Lc", "%i", "/proc/self/ns/net").stdout.strip()
     path = Path(f"/run/tariq-tariq-{number}.lock")
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
@@ -1764,7 +1771,7 @@ def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_it
     with serving(idle) as server:
         listener = server.listener
         server.process.send_signal(signal.SIGSTOP)  # so that a request waits unread when the monitor dies
-        fails(idle, NO_ANSWER, "", timeout=1)
+        fails(idle, NO_ANSWER, "box sent no result, but may have acted", timeout=1)
         server.kill()
         wait_for(lambda: not alive(listener), "the listener outlives its monitor")
     with serving(idle) as server:
@@ -1859,6 +1866,11 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
         fakes.fault("iptables-shows")
         opens(idle)
         assert "roots-own" in fakes.shown.read_text(), "the test's own test"
+    fakes.fault("gpg-session")  # root's set-up: what commands gpg has no hold on root's terminal
+    idle.server.run(*fakes.prefix, idle.lab.dir / "tariq.py", "enroll", "-c", idle.conf,
+                    input=gpg(idle.me.parent / "gpg", "--armor", "--export").stdout)
+    pid, session = fakes.shown.read_text().split()
+    assert pid == session
 
 
 def test_the_listeners_user_reaches_nothing_of_roots(box):
@@ -2216,10 +2228,12 @@ class Fakes:
 case $(cat "{flag}") in
 {name}-hangs) exec sleep 60;;
 {name}-shows) keyctl show > "{flag}.shown";;
+{name}-session) ps -o pid=,sid= -p $$ > "{flag}.shown";;
 {name}-dies) kill -KILL $$;;
 {name}-junk) head -c 3000 /dev/urandom | tee /dev/stderr; exit 0;;
 {name}-lies) printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >&2; exit 0;;
 {name}-fails) echo "{name}: a fault made by the tests" >&2; exit 4;;
+{name}-is-busy-once) case "$*" in *--datestop*) echo none > "{flag}"; exit 4;; esac;;
 esac
 exec {real} "$@"
 """
@@ -2310,6 +2324,41 @@ def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same
             opens(idle)
             time.sleep(1)  # so that the next rule is another one
         assert len(idle.server.rules()) <= 1, "opened again, a door has two rules"
+
+
+def test_a_start_while_iptables_is_busy_keeps_the_kernels_time_limit(idle):
+    fakes = Fakes(idle.lab)
+    fakes.fault("iptables-is-busy-once")
+    with serving(idle, fakes.prefix) as server:
+        opens(idle)
+        assert "--datestop" in idle.server.rules()[0] and "refuses" not in server.log
+        assert fakes.flag.read_text() == "none\n", "it was not busy"
+
+
+def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_can_again(idle):
+    """Every process that it starts fails while a file is there: out of memory or tasks."""
+    flag = idle.lab.new("no-fork")
+    change = ("import os\nlaunch = tariq.launch\n"
+              "def failing(*words):\n"
+              f"    if os.path.exists('{flag}'): raise {{}}('a fault made by the tests')\n"
+              "    return launch(*words)\n"
+              "tariq.launch = failing\n")
+    for error in ("BlockingIOError", "RuntimeError"):
+        program = idle.lab.program(change.format(error))
+        with serving(idle, program=program, open_timeout=2) as server:
+            opens(idle)
+            flag.touch()
+            fails(idle, SYSTEM, f"{error}: a fault", "O", "23")
+            server.wait_log("22/tcp is not closed: ")
+            assert idle.server.rules()
+            flag.unlink()
+            wait_for(lambda: not idle.server.rules(), "the door is forgotten")
+            opens(idle)
+        with serving(idle, program=program) as server:
+            flag.touch()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(15) == 0 and server.log.count("doors may be open: ip") == 2, "it tries both"
+            flag.unlink()
 
 
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
