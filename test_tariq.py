@@ -1868,7 +1868,7 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
         assert "roots-own" in fakes.shown.read_text(), "the test's own test"
     fakes.fault("gpg-session")  # root's set-up: what commands gpg has no hold on root's terminal
     idle.server.run(*fakes.prefix, idle.lab.dir / "tariq.py", "enroll", "-c", idle.conf,
-                    input=gpg(idle.me.parent / "gpg", "--armor", "--export").stdout)
+                    input=gpg(idle.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout)
     pid, session = fakes.shown.read_text().split()
     assert pid == session
 
