@@ -24,7 +24,6 @@ ROOT_CONF = "/etc/tariq/tariq.conf"
 sys.path.insert(0, str(HERE))
 import tariq  # noqa: E402
 
-
 # ---- the lab: hosts in namespaces on one switch ----------------------------------------------------------------------
 
 def sh(*argv, check=True, text=True, timeout=60, **options):
@@ -34,10 +33,8 @@ def sh(*argv, check=True, text=True, timeout=60, **options):
     assert done.returncode == 0 or not check, f"{argv}: exit {done.returncode}: {done.stdout}{done.stderr}"
     return done
 
-
 def as_user(user):
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-
 
 class Host:
     """A namespace with one interface on the lab's switch."""
@@ -104,7 +101,6 @@ class Host:
         self.popen("/usr/sbin/sshd", "-D", *options, stdout=DEVNULL, stderr=DEVNULL)
         wait_for(lambda: self.connects("127.0.0.1"), "sshd does not come up")
 
-
 # Waits until the tests close its stdin, or are gone, however they went; then removes a lab and all that runs in it.
 JANITOR = """
 read -r line
@@ -116,7 +112,6 @@ done
 rm -rf --one-file-system "$2"
 [ -z "$3" ] || userdel -f tariq
 """
-
 
 class Lab:
     """Namespaces on a bridge in one more namespace, a private directory, and the removal of all that."""
@@ -179,16 +174,13 @@ class Lab:
     def tariq(self, host, *argv, user=None, **options):
         return host.run(self.dir / "tariq.py", *argv, user=user, **options)
 
-
 def user_exists():
     return sh("id", "tariq", check=False).returncode == 0
-
 
 def set_up_link(host, interface, *addresses):
     for address in addresses:
         sh("ip", "-n", host.netns, "addr", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
     sh("ip", "-n", host.netns, "link", "set", interface, "up")
-
 
 def make_server(lab, host, directory="server", **settings):
     """A server set up by `init`, with settings changed; returns the config's path."""
@@ -196,13 +188,11 @@ def make_server(lab, host, directory="server", **settings):
     lab.tariq(host, "init", "-c", path)
     return write(path, with_settings(path.read_text(), settings))
 
-
 def with_settings(text, settings):
     """A server's config with other settings."""
     for key, value in settings.items():
         text = re.sub(rf"(?m)^{key} = .*\n", "", text, count=1).replace("[server]\n", f"[server]\n{key} = {value}\n")
     return text
-
 
 def write(path, text, user=0, mode=0o600):
     """Write a file, by default a config, that belongs to a user; returns its path."""
@@ -211,7 +201,6 @@ def write(path, text, user=0, mode=0o600):
     os.chown(path, user, user)
     return path
 
-
 def edit(path, *changes):
     """Replace words of a file: (old, new)."""
     text = path.read_text()
@@ -219,10 +208,8 @@ def edit(path, *changes):
         text = text.replace(old, new)
     path.write_text(text)
 
-
 def config_values(path, section):
     return dict(tariq.Config(path).ini[section])
-
 
 class Server:
     """A running `tariq.py server`, with its log, in hostile surroundings: far from UTC, with root's groups and secrets,
@@ -267,7 +254,6 @@ class Server:
         """The listener's pid."""
         return next(pid for pid in children(self.process.pid) if b"listener" in proc(pid, "cmdline").encode())
 
-
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 def wait_for(condition, complaint="it did not come true", seconds=10):
@@ -276,9 +262,7 @@ def wait_for(condition, complaint="it did not come true", seconds=10):
         assert time.monotonic() < end, complaint
         time.sleep(0.02)
 
-
 Packet = collections.namedtuple("Packet", "time outgoing frame source port flags payload")
-
 
 @contextmanager
 def captured(host, outgoing=False):
@@ -301,7 +285,6 @@ def captured(host, outgoing=False):
                 seconds, nanoseconds = struct.unpack("qq", stamp)
                 packets.append(Packet(seconds + nanoseconds / 1e9, direction == 4, frame, *parts(frame)))
 
-
 def parts(frame):
     """Both ports, TCP flags (of UDP: 0) and payload of a frame; None, None, None, b"" where it has none."""
     ip, six = frame[14:], frame[14] >> 4 == 6
@@ -312,14 +295,12 @@ def parts(frame):
     start, flags = (at + (ip[at + 12] >> 4) * 4, ip[at + 13]) if protocol == 6 else (at + 8, 0)
     return *struct.unpack_from(">HH", ip, at), flags, ip[start:end]
 
-
 def inject(host, frames, times=1):
     """Send frames from a host's eth0, in their order, all of them so many times."""
     with host.inside(socket.socket, socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind(("eth0", 0))
         for frame in [*frames] * times:
             sock.send(frame)
-
 
 def from_address(frame, ip):
     """An IPv4 frame as if it came from another address, checksums made right by scapy."""
@@ -332,12 +313,10 @@ def from_address(frame, ip):
             del packet[layer].chksum
     return bytes(packet)
 
-
 def gpg(home, *arguments, **options):
     """Run gpg without questions, as the keyring's owner."""
     words = ["--homedir", home, "--batch", "--yes", "--quiet", "--trust-model", "always", "--pinentry-mode", "loopback"]
     return sh(*as_user(os.stat(home).st_uid), "gpg", *words, "--passphrase", "", *arguments, cwd="/", **options)
-
 
 def generate(home, user, algorithm="future-default", *options):
     """A key of a user, with an encryption subkey, in a keyring that is there -> its fingerprint."""
@@ -347,26 +326,21 @@ def generate(home, user, algorithm="future-default", *options):
         gpg(home, "--quick-add-key", key, algorithm, "encr")
     return key
 
-
 def fingerprint(home, user):
     return re.search(r"(?m)^fpr:+(\w+)", gpg(home, "--with-colons", "--list-keys", user).stdout)[1]
-
 
 def at_time(seconds):
     """gpg's option for a clock that is so many seconds from now."""
     return "--faked-system-time", time.strftime("%Y%m%dT%H%M%S", time.gmtime(time.time() + seconds))
 
-
 def proc(pid, name):
     """The text of a file of proc(5)."""
     return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-
 
 def children(pid):
     """The pids of the children of all of a process's threads."""
     words = " ".join(proc(pid, f"task/{task}/children") for task in os.listdir(f"/proc/{pid}/task"))
     return [int(word) for word in words.split()]
-
 
 def alive(pid):
     """Whether a process runs; a zombie does not."""
@@ -374,7 +348,6 @@ def alive(pid):
         return proc(pid, "stat").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
 
 def descriptors(pid):
     """{number: what it is} of a process's open files."""
@@ -384,29 +357,24 @@ def descriptors(pid):
             links[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
     return links
 
-
 def packet_sockets(pid):
     """The packet sockets of a process, each the words of its line in proc(5); the seventh: bytes that wait in it."""
     inodes = {link[8:-1] for link in descriptors(pid).values() if link.startswith("socket:")}
     rows = [line.split() for line in proc(pid, "net/packet").splitlines()]
     return [row for row in rows if row[8] in inodes]
 
-
 def waiting(pid):
     """Bytes that wait in the packet socket of a process."""
     row, = packet_sockets(pid)
     return int(row[6])
 
-
 def rss(pid):
     """Resident memory in MB."""
     return int(re.search(r"VmRSS:\s*(\d+)", proc(pid, "status"))[1]) / 1024
 
-
 def link_state(host):
     """What `ip` knows of the host's interface."""
     return json.loads(host.run("ip", "-s", "-j", "link", "show", "dev", "eth0").stdout)[0]
-
 
 # ---- pytest: the world, and knocks in it -----------------------------------------------------------------------------
 
@@ -422,13 +390,11 @@ ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", 
 NO_ANSWER, SYSTEM, DIED, REFUSED = 75, 71, 70, 77  # tariq.py --help
 UDP = socket.AF_INET, socket.SOCK_DGRAM
 
-
 @pytest.fixture(scope="session")
 def world():
     """A server with a closed firewall and an sshd, a client, somebody else, one enrolled user."""
     with Lab() as lab:
         yield new_world(lab, command_timeout=2)
-
 
 def new_world(lab, drop=True, other="other", allow=ALLOW, **settings):
     """Three hosts and an enrolled user; the server does not run."""
@@ -443,12 +409,10 @@ def new_world(lab, drop=True, other="other", allow=ALLOW, **settings):
     world.ports = [int(port) for port in config_values(world.me, "box")["secret_ports"].split(",")]
     return world
 
-
 def started(world):
     """Start the world's server -> it."""
     world.tariq = Server(world.lab, world.server, world.conf).wait_log("listening for")
     return world.tariq
-
 
 @pytest.fixture
 def kept(world):
@@ -458,7 +422,6 @@ def kept(world):
     for path, text in texts.items():
         write(path, text, path.parent.stat().st_uid)
 
-
 @pytest.fixture
 def idle(kept):
     """The world while no server runs."""
@@ -466,7 +429,6 @@ def idle(kept):
         assert kept.tariq.stop() == 0
         kept.tariq = None
     return kept
-
 
 @pytest.fixture
 def box(kept):
@@ -481,16 +443,13 @@ def box(kept):
     assert kept.tariq.process.poll() is None, kept.tariq.log
     closed()
 
-
 SOME_PORTS = " ".join(map(str, [*range(20, 60), *range(2000, 2060), 8022]))
-
 
 def variant(world, **settings):
     """The server's config with other settings, where the client may open and close many ports; returns its path."""
     many = f"    O {SOME_PORTS}\n    C {SOME_PORTS}\n"
     text = with_settings(world.conf.read_text(), settings).replace("    O 22/tcp\n    C 22/tcp\n", many)
     return write(world.conf.with_name(f"tariq-{next(world.lab.count)}.conf"), text)
-
 
 @contextmanager
 def serving(world, prefix=(), ready="listening for", program=None, **settings):
@@ -508,19 +467,16 @@ def serving(world, prefix=(), ready="listening for", program=None, **settings):
     finally:
         server.kill()
 
-
 def knock_words(world, *words, conf=None, where="box", timeout=None, transport=None, options=(), change=None,
                 program=None):
     program = world.lab.program(change) if change else program or world.lab.dir / "tariq.py"
     options = [*(("-t", timeout) if timeout else ()), *(("--transport", transport) if transport else ()), *options]
     return [program, "knock", "-c", conf or world.me, *options, where, *(words or ("O", "22"))]
 
-
 def knock(world, *words, user=NOBODY, host=None, **how):
     """Run a client to its end; by default to open port 22, the enrolled one, and unprivileged (but crafted)."""
     user = None if how.get("transport") == "crafted" else user
     return (host or world.client).run(*knock_words(world, *words, **how), user=user, check=False)
-
 
 def opens(world, *words, **how):
     """Knock, insist that it worked, return what was printed."""
@@ -528,13 +484,11 @@ def opens(world, *words, **how):
     assert done.returncode == 0, f"{words}: exit {done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout
 
-
 def fails(world, code, said, *words, **how):
     """Knock, insist that it failed with this exit code, and that one line with these words is all it said."""
     done = knock(world, *words, **how)
     assert done.returncode == code and said in done.stderr and done.stdout == "", (words, how, done)
     assert done.stderr.startswith("tariq: ") and done.stderr.count("\n") == 1 and "\x1b" not in done.stderr, done
-
 
 @contextmanager
 def knocking(world, *words, host=None, **how):
@@ -546,7 +500,6 @@ def knocking(world, *words, host=None, **how):
         if process.poll() is None:
             process.kill()
         process.wait()
-
 
 def second_client(world, name, allow=("O 22",), algorithm=None, options=(), conf=None, user=None):
     """A client of its own uid, perhaps with a certain kind of key, enrolled by the commands of the README; [box] is the
@@ -564,23 +517,19 @@ def second_client(world, name, allow=("O 22",), algorithm=None, options=(), conf
     start, _, section = path.read_text().partition("[box]\n")
     return write(path, f"{start}[box]\nhost = {server.ip}\n{section}\n[box6]\nhost = {server.ip6}\n{section}", NOBODY)
 
-
 def deadline_of(printed):
     """'opened ... until 08:24:33Z' -> seconds since the epoch, at most half a day from now."""
     hours, minutes, seconds = map(int, re.search(r"until (\d+):(\d+):(\d+)Z", printed).groups())
     now = int(time.time())
     return now + (hours * 3600 + minutes * 60 + seconds - now + 43_200) % 86_400 - 43_200
 
-
 # ---- a peer written from the README's table of bytes, not from tariq.py ----------------------------------------------
 
 def keyed(key, label, data, size):
     return hashlib.blake2b(data, key=key, person=label, digest_size=size).digest()
 
-
 def masked(key, label, nonce, data):
     return bytes(a ^ b for a, b in zip(data, hashlib.shake_256(key + label + nonce).digest(len(data))))
-
 
 def make_frame(key, label, data, age=0.0):
     """A frame; `age` seconds old."""
@@ -588,24 +537,20 @@ def make_frame(key, label, data, age=0.0):
     body = nonce + masked(key, label, nonce, int((time.time() - age) * 1000).to_bytes(6, "big") + data)
     return keyed(key, label, body, 16) + body
 
-
 def open_frame(key, label, payload):
     """The data of a frame with this key and label, else None."""
     if len(payload) < 34 or keyed(key, label, payload[16:], 16) != payload[:16]:
         return None
     return masked(key, label, payload[16:28], payload[28:])[6:]
 
-
 def chunk(kind, data):
     return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
 
 def png_of(width, height, depth, color, data, extra=b"", interlace=0):
     """A PNG of raw rows, whatever is wrong with them."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data))
             + chunk(b"IEND", b""))
-
 
 def make_png(data):
     """A PNG with data and spaces in its lowest bits."""
@@ -614,7 +559,6 @@ def make_png(data):
     for place, bit in enumerate(bits):
         samples[place] = samples[place] & 254 | bit
     return png_of(36, 36, 8, 2, b"".join(b"\0" + samples[row:row + 108] for row in range(0, len(samples), 108)))
-
 
 class Peer:
     """One knock of an enrolled client over UDP, each step by itself."""
@@ -677,11 +621,9 @@ class Peer:
         self.answer(challenge[:32])
         return self.hear(b"result")
 
-
 # ---- the pure parts --------------------------------------------------------------------------------------------------
 
 KEY = bytes(range(32))
-
 
 def test_frames_are_those_of_the_readme_in_both_directions_and_any_change_is_refused():
     for data in (b"", b"x", os.urandom(1166)):
@@ -699,7 +641,6 @@ def test_frames_are_those_of_the_readme_in_both_directions_and_any_change_is_ref
         assert tariq.unframe(KEY, b"knock", (number ^ 1 << bit).to_bytes(size, "big"), 0) is None
         assert tariq.unframe(KEY, b"knock", framed[:bit // 8], 0) is None
 
-
 def test_hidden_data_comes_back_from_empty_to_exact_capacity():
     for size in (0, 1, 2, 100, 485, 486):  # 36 * 36 * 3 / 8
         data = os.urandom(size)
@@ -708,7 +649,6 @@ def test_hidden_data_comes_back_from_empty_to_exact_capacity():
     with pytest.raises(tariq.Fault, match="1 bytes too long"):
         tariq.hide(tariq.cover(""), bytes(487))
     assert len({len(tariq.hide(tariq.cover(""), bytes(size))) for size in range(487)}) == 1, "it tells the size"
-
 
 def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_error(tmp_path):
     from PIL import Image
@@ -731,7 +671,6 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
         with pytest.raises(tariq.Fault, match="cover.png: needs PNG images"):
             tariq.cover(str(tmp_path))
 
-
 def test_requests_are_checked_word_by_word():
     good = {("O", "22"): ["O", "22/tcp"], ("C", "22/tcp", "53/udp"): ["C", "22/tcp", "53/udp"],
             ("O", "65535"): ["O", "65535/tcp"], ("E", "ls", "-l", "--", "ä b"): ["E", "ls", "-l", "--", "ä b"]}
@@ -744,7 +683,6 @@ def test_requests_are_checked_word_by_word():
     for words in bad:
         with pytest.raises(ValueError):
             tariq.command_of(words)
-
 
 @pytest.mark.parametrize("may, good, bad", [
     ("O 22", ("O 22",), ("C 22", "O 22/udp", "O 22 23", "E 22")), ("O 22/tcp", ("O 22",), ()),
@@ -761,7 +699,6 @@ def test_policy_permits_what_a_pattern_says_and_nothing_else(may, good, bad):
         command = tariq.command_of(shlex.split(request))
         assert tariq.permitted(tariq.parse("may", may), command) is (request in good), request
 
-
 CONFIG = """[server]
 secret_ports = 10000,7456,22022,12121,10001
 secret = {secret}
@@ -774,10 +711,8 @@ may =
 PORTS_LINE = "secret_ports = 10000,7456,22022,12121,10001"
 SECRET, PRINT = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0ICEhISE=", "0123456789abcdef0123456789ABCDEF01234567"
 
-
 def write_config(path, text=CONFIG):
     return write(path, text.replace("{secret}", SECRET).replace("{key}", PRINT), os.geteuid())
-
 
 def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp_path):
     config = tariq.Config(write_config(tmp_path / "tariq.conf"))
@@ -793,7 +728,6 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     assert len(config.clients()) == 1
     used = set(re.findall(r'\.get\(f?"([a-z_{}]+)"', TARIQ.read_text()))
     assert {key for key, _ in found} == used - {"open_{protocol}_port"} | {"open_tcp_port", "open_udp_port", "key"}
-
 
 @pytest.mark.parametrize("old, new, words", [
     (PORTS_LINE, "secret_ports = 1,2,3,4", "[server] secret_ports: needs"),
@@ -821,7 +755,6 @@ def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_pat
     assert words in said and str(tmp_path / "tariq.conf") in said and caught.value.args[0] == 78
     assert SECRET not in said and "1,2,3,4" not in said
 
-
 def test_a_file_that_is_no_ini_or_names_a_key_twice_is_refused_without_a_word_of_it(tmp_path):
     path = tmp_path / "tariq.conf"
     for text in ("no section", f"[server]\nno value\n{SECRET}", "[a]\nx = 1\nx = 2\n", "[a]\n[a]\n", "\xff\xfe"):
@@ -831,7 +764,6 @@ def test_a_file_that_is_no_ini_or_names_a_key_twice_is_refused_without_a_word_of
         assert SECRET not in str(caught.value)
     with pytest.raises(tariq.Fault, match="a key of its own"):
         tariq.Config(write_config(path, f"{CONFIG}[allow twin]\nkey = {PRINT.lower()}\n")).clients()
-
 
 def test_every_message_says_its_own_mend():
     """The words of each Fault in the program, as far as they are written there."""
@@ -848,19 +780,16 @@ def test_every_message_says_its_own_mend():
     assert len(found) > 25
     assert [words for words in found if not re.search(mends, words)] == []
 
-
 # ---- promise 2: authenticate before you parse. Fuzzing ---------------------------------------------------------------
 
 CASES = int(os.environ.get("TARIQ_FUZZ_CASES", 200_000))
 PORTS = [1000, 2000, 3000, 4000, 5000]
 LINK = ("eth0", 0x0800, 0, 1, bytes(6))
 
-
 def bare_listener():
     listener = tariq.Listener(None, None, {"ports": PORTS, "key": KEY.hex()})
     listener.began = 0  # frames of this very second are good
     return listener
-
 
 def packet_of(port, payload, version=4, udp=False, options=b"", flags=2):
     """An IP packet made by hand: what a fuzzer mutates."""
@@ -872,7 +801,6 @@ def packet_of(port, payload, version=4, udp=False, options=b"", flags=2):
     if version == 6:
         return b"\x60\0\0\0" + len(upper).to_bytes(2, "big") + protocol + b"\x40" + bytes(32) + upper
     return b"\x45\0" + (20 + len(upper)).to_bytes(2, "big") + bytes(5) + protocol + bytes(10) + upper
-
 
 def test_the_gate_passes_a_frame_once_and_at_its_own_port_only(monkeypatch):
     listener = bare_listener()
@@ -887,7 +815,6 @@ def test_the_gate_passes_a_frame_once_and_at_its_own_port_only(monkeypatch):
     packet = packet_of(PORTS[4], make_frame(KEY, b"knock", bytes([6]) + b"i" * 13))
     assert listener.gate(packet, LINK) is None, "no such position"
 
-
 def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(monkeypatch):
     listener, now = bare_listener(), time.time()
     def passes(age):
@@ -900,14 +827,12 @@ def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(
     monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
     assert passes(0)
 
-
 def test_the_replay_memory_is_bounded_and_forgets_the_oldest(monkeypatch):
     monkeypatch.setattr(tariq, "SEEN_MAX", 5)
     listener = bare_listener()
     packets = [packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13)) for _ in range(8)]
     assert all(listener.gate(packet, LINK) for packet in packets) and len(listener.seen) == 5
     assert [bool(listener.gate(packet, LINK)) for packet in packets[:2:-1]] == [False] * 5, "the newest are known"
-
 
 def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
     """Random, truncated and mutated packets before the tag."""
@@ -931,14 +856,12 @@ def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
         assert listener.gate(bytes(packet), LINK) is None, packet.hex()
     assert not listener.seen and not listener.knocks and not listener.partial
 
-
 def test_whatever_length_a_header_claims_an_authentic_packet_is_answered():
     payload = make_frame(KEY, b"knock", bytes([4]) + bytes(40))
     for length, flags in itertools.product(range(16), (2, 0x10)):
         packet = bytearray(packet_of(PORTS[4], payload, flags=flags))
         packet[32] = length << 4
         assert tariq.respond(tariq.split(bytes(packet), LINK), b"reply").endswith(b"reply")
-
 
 def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypatch):
     """After the tag: frames of every length with random contents, through gate and reassembly; no gpg is run."""
@@ -956,7 +879,6 @@ def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypat
             listener.collect(*passed)
         assert len(listener.knocks) <= 256 and len(listener.partial) <= 256 and len(listener.seen) <= 1000
     assert served, "some were whole"
-
 
 def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count(monkeypatch):
     listener = bare_listener()
@@ -981,7 +903,6 @@ def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count
         listener.collect(0, number.to_bytes(12, "big"), b"", packet)
     assert len(listener.partial) == 256 and (999).to_bytes(12, "big") in listener.partial
 
-
 def test_hostile_images_are_refused():
     """Random, truncated, mutated and hostile PNGs: one error type, and no pixel of a bomb is decoded."""
     from PIL import Image
@@ -1004,7 +925,6 @@ def test_hostile_images_are_refused():
         Image.new(mode, size).save(output := io.BytesIO(), "PNG")
         with pytest.raises(tariq.Fault, match="not an image that Tariq made"):
             tariq.reveal(output.getvalue())
-
 
 def test_hostile_openpgp_is_refused_within_bounds(world):
     """Mutated, truncated, unsigned, doubly signed, bombs, symmetric, signed only: each a Fault, never a plaintext."""
@@ -1035,7 +955,6 @@ def test_hostile_openpgp_is_refused_within_bounds(world):
     assert b"keyid 0000000000000000" in packets and one[-16:].encode() not in packets.split(b":encrypted")[0], "hidden"
     sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
 
-
 # ---- the exchange, spoken by a peer of its own -----------------------------------------------------------------------
 
 def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(box):
@@ -1052,7 +971,6 @@ def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_chall
     assert len(box.server.rules()) == 1
     assert Peer(box, "E", "echo", "hi").knock() == b"\x01\x00hi\n"
     assert Peer(box, "O", "23/tcp").knock()[:2] == b"\x00\x4d"
-
 
 def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repeats_start_no_gpg(box):
     good = Peer(box).request
@@ -1072,7 +990,6 @@ def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repe
     assert box.tariq.log.count("knock refused") == before + 1
     assert Peer(box).knock()[:1] == b"\x01"
 
-
 def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(box):
     peer = Peer(box).seal()
     peer.send(peer.frames())
@@ -1089,7 +1006,6 @@ def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(box):
     peer.answer(nonce)
     assert peer.hear(b"result")[:1] == b"\x01" and box.tariq.log.count(": opened") == again, "said, not done again"
 
-
 def test_the_first_last_fragment_says_whose_knock_it_is(box):
     """A sniffer who has the secret sends the last fragment again, from his address, while the knock is collected."""
     peer, thief = Peer(box).seal(), Peer(box, host=box.other)
@@ -1099,7 +1015,6 @@ def test_the_first_last_fragment_says_whose_knock_it_is(box):
         wait_for(lambda: waiting(box.tariq.listener) == 0, "the listener reads nothing")
     assert peer.hear(b"challenge")[34:].decode() == box.client.ip
     assert peer.hear(b"challenge", 0.3, thief.socket) is None
-
 
 def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_refused(box):
     old = Peer(box, conf=second_client(box, "aged", algorithm="future-default", options=at_time(-86400)))
@@ -1115,7 +1030,6 @@ def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_ref
         late.send(late.frames(age))
         assert late.hear(b"challenge", 0.2) is None
     assert [peer.hear(b"challenge", 0.1) for peer in (old, other, elsewhere)] == [None] * 3
-
 
 def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(box):
     """Unsigned, from a holder of the secret: encrypted to the server with its public key, which each client has."""
@@ -1139,7 +1053,6 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(box
     wait_for(lambda: box.tariq.log.count(f"{refused}") > len(ended) and box.tariq.log.count("knock refused") > before)
     assert "malformed" not in box.tariq.log
 
-
 # ---- a knock opens a port on a real host, and nothing else does ------------------------------------------------------
 
 def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(box):
@@ -1158,7 +1071,6 @@ def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_see
     assert opens(box, "C", "22") == f"closed tcp/22 on box for {box.client.ip}\n"
     assert not box.client.connects(box.server.ip)
 
-
 @pytest.mark.parametrize("where", ["box", "box6"])
 @pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
 def test_all_transports_knock_over_both_families(box, transport, where):
@@ -1170,7 +1082,6 @@ def test_all_transports_knock_over_both_families(box, transport, where):
     opens(box, "C", "22", where=where, transport=transport)
     assert not box.client.connects(address)
 
-
 def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
     for user in (None, NOBODY):
         done = knock(box, "C", "22", user=user, options=["-v"])
@@ -1178,7 +1089,6 @@ def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
     edit(box.me, (box.server.ip, "198.51.100.99"))
     done = knock(box, "C", "22", timeout=3, options=["-v"])
     assert "".join(re.findall("go by (.)", done.stderr)).startswith("kuku")
-
 
 def test_hosts_are_names_aliases_or_literal_addresses(box):
     netns, text = Path("/etc/netns") / box.client.netns, box.me.read_text().replace(f"host = {box.server.ip}\n", "")
@@ -1194,7 +1104,6 @@ def test_hosts_are_names_aliases_or_literal_addresses(box):
         fails(box, NO_ANSWER, box.server.ip6, where=box.server.ip6, options=["-4"])
     finally:
         shutil.rmtree(netns if existed else netns.parent)
-
 
 def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
     assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(box, "O", "22", "8022", "53/udp")
@@ -1212,7 +1121,6 @@ def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
     assert "opened tcp/22 on box" in opens(box, "O", "22", "22/tcp", "22")
     assert box.tariq.log.count("+ iptables -w 5 -A") == before + 1, "a port that is named twice is one door"
 
-
 def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
     assert opens(box, "E", "id", "-u") == "0\n"
     words = "$(id) `id`; id | cat > /tmp/x && * 'quoted' -n --".split()
@@ -1223,7 +1131,6 @@ def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
         assert done.returncode == status and said in done.stdout, done
     environment = opens(box, "E", "sh", "-c", "env; pwd; readlink /proc/self/fd/0; echo $TZ")
     assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n/dev/null\n\n")
-
 
 def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_doors_nor_other_knocks(box):
     with knocking(box, "E", "sleep", "60") as slow:
@@ -1236,7 +1143,6 @@ def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_do
     assert opens(box, "E", "head", "-c", "100000", "/dev/zero") == "\0" * 1164
     assert opens(box, "E", "sh", "-c", "sleep 30 & echo started") == "started\n", "what it leaves behind holds the pipe"
 
-
 def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
     with serving(idle, command_timeout=12) as server, ExitStack() as stack:
         slow = [stack.enter_context(knocking(idle, "E", "sleep", "60")) for _ in range(16)]
@@ -1246,13 +1152,11 @@ def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
         assert [each.wait(30) for each in slow] == [137] * 16
         opens(idle, "E", "echo", "hi")
 
-
 def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
     for words in ("O 23/tcp", "O 22/tcp 23/tcp", "O 22/udp", "C 25/tcp", "E reboot", "E id", "E sleep 61"):
         fails(box, REFUSED, "refused: the server's config does not allow it to me@laptop", *words.split())
         assert f"me@laptop {box.client.ip} {words}: refused" in box.tariq.log
     assert box.server.rules() == []
-
 
 def test_unknown_expired_and_revoked_keys_get_silence(box):
     unknown, late, gone = (second_client(box, name) for name in ("deleted", "expired", "revoked"))
@@ -1275,7 +1179,6 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
         assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
     assert box.server.rules() == []
 
-
 def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(box):
     conf = second_client(box, "stranger")
     fails(box, REFUSED, "", "C", "22", conf=conf)
@@ -1295,9 +1198,7 @@ def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(box):
     fails(box, REFUSED, "does not allow", conf=conf)
     assert box.server.rules() == []
 
-
 OWN = "socket.socket.getsockname = lambda _: ({!r},)\n"  # what the client's kernel says of its address
-
 
 def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
     """By a man in the middle, from his own address, which the challenge names. Behind NAT nobody can know."""
@@ -1306,7 +1207,6 @@ def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
     for own in ("192.168.7.7", "100.64.0.7", "fe80::7", "fd00::7"):
         opens(box, change=OWN.format(own))
 
-
 @pytest.mark.parametrize("algorithm", ["rsa2048", "rsa3072"])
 def test_rsa_keys_fit_their_packets(box, algorithm):
     conf = second_client(box, algorithm, ("O 22", "E head *"), algorithm)
@@ -1314,7 +1214,6 @@ def test_rsa_keys_fit_their_packets(box, algorithm):
         assert "opened tcp/22" in opens(box, conf=conf)
         assert len(opens(box, "E", "head", "-c", "3000", "/dev/zero", conf=conf)) == 1164
     assert 1200 < max(len(packet.frame) for packet in packets) <= 1280 + 14, "what IPv6's least MTU takes"
-
 
 def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
     ring = idle.lab.dir / "rsa-ring"
@@ -1326,7 +1225,6 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
     for where in ("box", "box6"):
         assert "opened tcp/22" in opens(idle, conf=client, where=where)
     assert server.stop() == 0
-
 
 # ---- promise 4: silence ----------------------------------------------------------------------------------------------
 
@@ -1342,7 +1240,6 @@ def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(box):
     assert len([packet for packet in packets if packet.payload]) >= 6 * 300, "they arrived"
     assert not any(packet.outgoing for packet in packets), "no answer"
     assert box.tariq.log == before, "nor a line in the log"
-
 
 def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
     with captured(box.server) as packets:
@@ -1362,7 +1259,6 @@ def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
     for place in (*range(40), *range(-8, 0)):
         column = [payload[place] for payload in payloads]
         assert max(column.count(value) for value in set(column)) < 18, "400 random bytes have hardly ever 18 of a kind"
-
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 @pytest.mark.parametrize("transport", ["kernel", "udp"])
@@ -1388,7 +1284,6 @@ def test_replies_look_like_linuxs_own(box, where, transport):
         elif transport == "kernel":
             assert options == b"" and tcp[13] == 0x18 and window == 501
 
-
 def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
     """Somebody with the shared secret and no key: knocks that are whole and authentic and carry junk."""
     before, stop, sent = rss(box.tariq.listener), threading.Event(), []
@@ -1413,7 +1308,6 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
     assert not select.select([insider.socket], [], [], 0)[0], "no packet came to the insider"
     assert box.server.rules()[0].count(box.client.ip) == 1 and rss(box.tariq.listener) - before < 20, "MB"
 
-
 # ---- disorder, duplication, several at once --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("order", ["reversed", "doubled", "shuffled", "halves"])
@@ -1428,12 +1322,10 @@ def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
     peer.answer(peer.hear(b"challenge")[:32])
     assert peer.hear(b"result")[:1] == b"\x01" and len(box.server.rules()) == 1
 
-
 def test_a_wrong_sequence_of_ports_never_assembles(box):
     ports = ",".join(map(str, [box.ports[1], box.ports[0], *box.ports[2:]]))
     fails(box, NO_ANSWER, "wrong ports", timeout=1, options=["-p", ports])
     assert box.server.rules() == []
-
 
 @pytest.fixture(scope="module")
 def router(world):
@@ -1459,12 +1351,10 @@ def router(world):
         router.run(*rule.split())
     return router
 
-
 @pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
 def test_the_exchange_passes_a_stateful_nat_router(box, router, transport):
     assert f"for {router.ip} until" in opens(box, host=router.homes[0], transport=transport)
     assert router.homes[0].connects(box.server.ip) and not box.other.connects(box.server.ip)
-
 
 def test_two_clients_behind_one_nat_and_twelve_from_one_address_knock_at_once(box, router):
     second = second_client(box, "neighbour", allow=("O 8022",))
@@ -1478,7 +1368,6 @@ def test_two_clients_behind_one_nat_and_twelve_from_one_address_knock_at_once(bo
         many = [stack.enter_context(knocking(box)) for _ in range(12)]
         assert [process.wait(30) for process in many] == [0] * 12
     assert len(box.server.rules()) == 3
-
 
 @pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no tun devices here")
 def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(box):
@@ -1506,7 +1395,6 @@ def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(box):
             over.set()
     for end in ends:
         os.close(end)
-
 
 HOSTILE = r"""
 if sys.argv[1:2] == ["listener"]:  # one that was taken over
@@ -1536,7 +1424,6 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     os._exit(0)
 """
 
-
 def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_monitor(idle):
     program = idle.lab.program(HOSTILE.replace("KEY", config_values(idle.conf, "allow me@laptop")["key"]))
     server = Server(idle.lab, idle.server, idle.conf, program)
@@ -1549,7 +1436,6 @@ def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_m
         assert server.stop() == 0 and idle.server.rules() == []
     finally:
         server.kill()
-
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
@@ -1579,7 +1465,6 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
     said = box.lab.tariq(box.client, "--help").stdout
     assert all(f"{code} " in said for code in (0, 64, 65, 69, 70, 71, 75, 76, 77, 78))
 
-
 def test_a_missing_program_or_package_is_named_with_what_to_install(box):
     for module, how in (("PIL", dict(options=["-i", "/tmp"])), ("scapy", dict(transport="crafted"))):
         done = knock(box, change=f"sys.modules['{module}'] = None", **how)
@@ -1593,12 +1478,10 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
         done = host.run("sh", "-c", cover, "sh", *argv, check=False)
         assert done.returncode in (69, 70, 71) and words in done.stderr and "Traceback" not in done.stderr, done
 
-
 def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(box):
     with captured(box.server) as packets:
         fails(box, 78, "bytes do not fit: use more secret_ports", change="tariq.FRAME_MAX = 600")
     assert not [packet for packet in packets if packet.port in box.ports]
-
 
 def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
     text, key = box.conf.read_text(), config_values(box.conf, "server")["server_key"]
@@ -1617,12 +1500,10 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
     done = box.lab.tariq(box.other, "server", "-c", box.conf, user=NOBODY, check=False)
     assert done.returncode == 71 and "root" in done.stderr
 
-
 def test_a_second_server_with_the_same_chain_does_not_start(box):
     done = box.lab.tariq(box.server, "server", "-c", box.conf, check=False)
     assert done.returncode == 71 and "runs already" in done.stderr and "+ iptables" not in done.stderr
     opens(box)
-
 
 def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
     """Its replies are right but for their contents: changed where the client has opened them."""
@@ -1642,12 +1523,10 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
     fails(box, 76, "", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
 
-
 # ---- set-up's commands -----------------------------------------------------------------------------------------------
 
 def enroll(box, key, *options, check=True):
     return box.lab.tariq(box.server, "enroll", "-c", box.conf, *options, input=key, check=check)
-
 
 def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     ring = box.lab.new("impostor")
@@ -1676,7 +1555,6 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     again = enroll(box, key)
     assert "already: nothing changed" in again.stderr and again.stdout == done.stdout
 
-
 def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
     text, mine = box.me.read_text(), config_values(box.me, "box")["server_key"]
     profile = enroll(box, gpg(box.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
@@ -1689,7 +1567,6 @@ def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
         done = join(given)
         assert done.returncode == 65 and words in done.stderr and box.me.read_text() == text, (words, done)
     assert join(profile).returncode == 0 and box.me.read_text() == text
-
 
 def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the_client(box):
     (ring := box.lab.new("hostile")).mkdir(0o700)
@@ -1707,14 +1584,12 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
         assert re.search("(?m)^fpr:+(.*):$", shown)[1] in done.stderr, "its fingerprint is said"
     opens(box, conf=conf)
 
-
 def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_servers_lock(box):
     home = make_server(box.lab, box.other, "clean").parent / ".server-gpg"
     wait_for(lambda: not box.server.run("pgrep", "-f", str(home), check=False).stdout, "gpg-agent stays")
     number = box.server.run("stat", "-Lc", "%i", "/proc/self/ns/net").stdout.strip()
     path = Path(f"/run/tariq-tariq-{number}.lock")
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
-
 
 def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box):
     assert "is there already: nothing changed" in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
@@ -1724,7 +1599,6 @@ def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box)
     done = box.server.run("unshare", "-m", "sh", "-c", f"{own}; exec \"$@\"", "sh", box.lab.dir / "tariq.py", "init",
                           "-c", conf, check=False)
     assert done.returncode == 71 and "is a person's" in done.stderr and os.listdir(conf.parent) == []
-
 
 def test_four_enrolments_at_once_lose_nothing(box):
     confs = [box.lab.dir / f"many-{number}" / "tariq.conf" for number in range(4)]
@@ -1740,7 +1614,6 @@ def test_four_enrolments_at_once_lose_nothing(box):
     opens(box, conf=confs[0], user=None, where=box.server.ip)
     assert "\nmany0@example.com " in box.tariq.log
 
-
 def test_one_config_may_serve_both_roles_and_be_enrolled_in_itself(idle):
     conf = make_server(idle.lab, idle.server, "both-roles")
     conf.write_text(conf.read_text() + f"[client]\nuser = me@itself\nclient_gpg_dir = {conf.parent}/client-gpg\n")
@@ -1749,7 +1622,6 @@ def test_one_config_may_serve_both_roles_and_be_enrolled_in_itself(idle):
     idle.server.run("sh", "-c", line)
     config = tariq.Config(conf)
     assert config.ini.has_section("itself") and config.get("may", ["allow me@itself"]) == [["O", "22/tcp"]]
-
 
 # ---- the service's life ----------------------------------------------------------------------------------------------
 
@@ -1763,7 +1635,6 @@ def test_the_server_stops_cleanly_on_signals_and_leaves_an_empty_chain(idle, nam
             server.process.send_signal(number)
         assert server.stop(last) == 0 and not alive(listener)
         assert idle.server.rules() == idle.server.rules(ip6=True) == []
-
 
 def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_its_own_closes_every_door(idle):
     with serving(idle) as server:
@@ -1780,7 +1651,6 @@ def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_it
         os.kill(server.listener, signal.SIGKILL)
         assert server.process.wait(5) == DIED and "listener died" in server.log
         assert idle.server.rules() == idle.server.rules(ip6=True) == [] and not idle.client.connects(idle.server.ip)
-
 
 def test_a_command_ends_with_the_server_and_a_daemon_that_it_left_holds_nothing_of_it(idle):
     with serving(idle) as server:
@@ -1801,7 +1671,6 @@ def test_a_command_ends_with_the_server_and_a_daemon_that_it_left_holds_nothing_
         server.kill()
         wait_for(lambda: not idle.server.run(*running, check=False).stdout, "it outlives a killed server")
 
-
 def test_an_open_command_that_leaves_a_daemon_holds_nobody_up(idle):
     words = "sh -c 'sleep 8888 & echo $0 $1' {ip} {dport}"
     with serving(idle, open_command=words, close_command="true {ip} {dport}") as server:
@@ -1812,13 +1681,11 @@ def test_an_open_command_that_leaves_a_daemon_holds_nobody_up(idle):
             os.kill(int(pid), signal.SIGKILL)
         assert left
 
-
 def test_every_change_to_the_machine_is_logged_before_it_runs(box):
     opens(box), opens(box, "E", "echo", "a b")
     lines, rule = box.tariq.log.splitlines(), f"+ iptables -w 5 -A tariq -s {box.client.ip} "
     last = max(number for number, line in enumerate(lines) if line.startswith(rule))
     assert any(f"{box.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[last:]) and "+ echo 'a b'" in lines
-
 
 def test_the_server_warns_where_nothing_is_hidden(idle):
     conf = make_server(idle.lab, idle.other, "warned")
@@ -1828,7 +1695,6 @@ def test_the_server_warns_where_nothing_is_hidden(idle):
         server = Server(idle.lab, idle.other, conf).wait_log("listening for")
         assert server.log.count("INPUT does not drop") == warnings and server.stop() == 0
     idle.other.run("iptables", "-F", "INPUT"), idle.other.run("ip6tables", "-P", "INPUT", "ACCEPT")
-
 
 # ---- the network never talks to root (DESIGN 1.1, 1.3) ---------------------------------------------------------------
 
@@ -1855,7 +1721,6 @@ def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(
     ours = [row for row in unix if f"socket:[{row[6]}]" in extra]
     assert len(ours) == 1 and len(ours[0]) == 7, "the other is a nameless end of a socketpair"
 
-
 @pytest.mark.skipif(not shutil.which("keyctl"), reason="no keyutils here")
 def test_a_session_keyring_of_roots_stays_with_root(idle):
     fakes = Fakes(idle.lab)
@@ -1872,7 +1737,6 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
     pid, session = fakes.shown.read_text().split()
     assert pid == session
 
-
 def test_the_listeners_user_reaches_nothing_of_roots(box):
     opens(box)
     user, monitor, conf = pwd.getpwnam("tariq").pw_uid, box.tariq.process.pid, box.tariq.conf
@@ -1883,7 +1747,6 @@ def test_the_listeners_user_reaches_nothing_of_roots(box):
         locked_up = "setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", *words.split()
         assert box.server.run(*locked_up, user=user, check=False).returncode != 0, words
     assert box.server.run("cat", conf).stdout and len(box.server.rules()) == 1  # the test's own test
-
 
 def test_no_socket_listens_and_the_interface_is_not_promiscuous(box):
     opens(box)
@@ -1896,7 +1759,6 @@ def test_no_socket_listens_and_the_interface_is_not_promiscuous(box):
     link = box.server.run("ip", "-d", "link", "show", "eth0").stdout
     assert "PROMISC" not in link and "promiscuity 0" in link
 
-
 def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
     """A setpriv that leaves something: the listener looks at itself before it takes a packet."""
     for leave in ("--bounding-set=-all", "--no-new-privs", "--clear-groups"):
@@ -1908,7 +1770,6 @@ def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
         covered = "sh", "-c", 'mount --bind "$0/setpriv" /usr/bin/setpriv && exec "$@"', fake
         done = idle.server.run(*covered, idle.lab.dir / "tariq.py", "server", "-c", variant(idle), check=False)
         assert done.returncode == DIED and "needs an unprivileged owner" in done.stderr, (leave, done)
-
 
 def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_packet(idle):
     with serving(idle) as server:
@@ -1940,7 +1801,6 @@ def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_pa
         finally:
             os.kill(server.listener, signal.SIGCONT)
 
-
 def test_nothing_of_scapy_pillow_libpcap_or_gpg_runs_or_is_mapped_as_root(idle):
     trace = idle.lab.new("trace")
     calls = "trace=execve,openat,setresuid,clone,clone3,fork,vfork"
@@ -1959,12 +1819,10 @@ def test_nothing_of_scapy_pillow_libpcap_or_gpg_runs_or_is_mapped_as_root(idle):
     assert len(foreign) >= 3, "the listener, and a gpg for each knock"
     assert [pid for pid in foreign if not unprivileged(pid)] == [] and not unprivileged(str(monitor))
 
-
 def traced(trace, pid):
     """The text of a trace by strace -D, once it has seen the end of a process."""
     wait_for(lambda: re.search(rf"(?m)^{pid} +\+\+\+ ", trace.read_text(errors="replace")), "strace has not ended")
     return trace.read_text(errors="replace")
-
 
 @contextmanager
 def watched(trace, *pids, options=()):
@@ -1978,7 +1836,6 @@ def watched(trace, *pids, options=()):
         strace.send_signal(signal.SIGINT)
         strace.wait(10)
 
-
 def test_the_monitor_sleeps_while_nothing_happens(idle):
     trace = idle.lab.new("trace")
     with serving(idle) as server:
@@ -1990,7 +1847,6 @@ def test_the_monitor_sleeps_while_nothing_happens(idle):
     waits = r"(p?select6?|recvfrom|recvmsg|futex|restart_syscall|<\.\.\.|strace: )"
     assert all(re.match(waits, call) for call in calls), calls
     assert len(calls) <= 6, "each thread waits in one call"
-
 
 # ---- nothing stays open by accident (DESIGN 1.5) ---------------------------------------------------------------------
 
@@ -2005,7 +1861,6 @@ def held_connection(world):
         assert not world.client.connects(world.server.ip), "the door is still open: the connection outlives nothing"
         sock.sendall(b"SSH-2.0-held\r\n")
         assert len(sock.recv(4096)) > 100, "the key exchange's first message"
-
 
 @pytest.mark.parametrize("killed", ["monitor", "both processes"])
 def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
@@ -2035,7 +1890,6 @@ def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
     with serving(idle):
         assert idle.server.rules() == idle.server.rules(ip6=True) == [], "a start begins with an empty chain"
 
-
 def test_a_door_without_open_timeout_stays_until_closed_and_a_clients_section_overrides_the_servers(idle):
     with serving(idle, open_timeout=0):
         for _ in range(2):  # both rules are the same, word by word
@@ -2050,7 +1904,6 @@ def test_a_door_without_open_timeout_stays_until_closed_and_a_clients_section_ov
         assert 0 < deadline_of(opens(idle)) - time.time() < 3
         wait_for(lambda: not idle.server.rules(), "the door stays", 5)
 
-
 @pytest.fixture
 def lossy(world, router):
     """The router, which loses nothing afterwards; the server has a way to those far away."""
@@ -2059,7 +1912,6 @@ def lossy(world, router):
     for program in "iptables", "ip6tables":
         router.run(program, "-F", "loss")
     world.server.run("ip", "route", "del", "192.168.4.0/22")
-
 
 @pytest.mark.parametrize("transport", ["kernel", "crafted"])
 def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, lossy, transport):
@@ -2085,7 +1937,6 @@ def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, 
         for port in ports:
             assert server.log.count(f"O {port}/tcp: opened") == (port in opened), "a repeated answer opened twice"
 
-
 @pytest.mark.parametrize("lost", ["first fragment", "last fragment", "challenge", "answer", "result"])
 def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
     def one(client, transport):
@@ -2104,7 +1955,6 @@ def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
         counters = lossy.run("iptables", "-w", "-nvxL", "loss").stdout
         assert [line.split()[0] for line in counters.splitlines() if "100000" in line] == ["1", "1"], counters
         assert server.log.count(": opened") == len(idle.server.rules()) == 2, "something happened twice"
-
 
 def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(idle):
     """Four knocks at an address where nobody is: the clients' repeats are all that drives them."""
@@ -2130,7 +1980,6 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
         waits = [waits[turn] for waits in intervals]
         assert max(waits) - min(waits) > 0.015, f"the waits are not jittered: {waits}"
 
-
 # ---- replays ---------------------------------------------------------------------------------------------------------
 
 SHIFTED = """
@@ -2144,7 +1993,6 @@ def time_now():
 time.time = time_now
 """
 
-
 class Shift:
     """A clock for servers that run `program`, both processes: the machine's, and some seconds more."""
 
@@ -2156,7 +2004,6 @@ class Shift:
     def set(self, seconds):
         write(self.path.with_suffix(".new"), str(seconds), mode=0o644).replace(self.path)  # at once, for readers
 
-
 def replay(host, server, frames, times):
     """Send a list of frames again and again from a host, no faster than the listener takes them."""
     left = times
@@ -2164,7 +2011,6 @@ def replay(host, server, frames, times):
         inject(host, frames, -(-min(left, 20_000) // len(frames)))
         wait_for(lambda: waiting(server.listener) == 0, "the listener does not keep up", 30)
         left -= 20_000
-
 
 @contextmanager
 def nothing_happens(world, server, program=None):
@@ -2181,7 +2027,6 @@ def nothing_happens(world, server, program=None):
         assert trace.read_text() == "" and sent == [] and state() == before
         opens(world, "E", "echo", "still there", program=program)  # and the measuring measures
         assert trace.read_text().count("gpg") >= 1 and trace.read_text().count("execve(") >= 2
-
 
 @pytest.mark.parametrize("when", ["inside the window", "after a restart", "four minutes later"])
 def test_100000_replayed_packets_start_no_gpg_and_get_no_packet(idle, when):
@@ -2206,7 +2051,6 @@ def test_100000_replayed_packets_start_no_gpg_and_get_no_packet(idle, when):
                 for sent, times in ((frames, 1), (frames[::-1], 1), (frames[:len(fragments)], 50_000)):
                     replay(host, server, sent, times if when != "after a restart" else 1)
 
-
 def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
     """The fragments alone, replayed by another: the door of a proof not given stays shut."""
     with serving(idle) as server:
@@ -2217,7 +2061,6 @@ def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
         fragments = [each.frame for each in packets if each.payload and not each.outgoing]
         with nothing_happens(idle, server):
             inject(idle.other, [from_address(frame, idle.other.ip) for frame in fragments])
-
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
@@ -2252,7 +2095,6 @@ exec {real} "$@"
     def fault(self, name):
         self.flag.write_text(name)
 
-
 def agent_of(world):
     """The pid of the gpg-agent of the server's keyring."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -2260,7 +2102,6 @@ def agent_of(world):
             if re.match(rf"gpg-agent.*{world.ring}\0", proc(pid, "cmdline"), re.S) and alive(pid):
                 return int(pid)
     return None
-
 
 @pytest.mark.parametrize("fault, words", [("dies", "exit status -9"), ("junk", "not one encrypted message"),
                                           ("lies", "not one encrypted message"), ("hangs", "exit status -9"),
@@ -2274,7 +2115,6 @@ def test_a_knock_fails_when_gpg_fails_and_the_next_one_works(idle, fault, words)
         opens(idle, "O", "23", timeout=4)
         server.wait_log("knock refused: ")
         assert words in server.log and len(idle.server.rules()) == 1
-
 
 def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
     def kill_agent():
@@ -2303,7 +2143,6 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
         opens(idle)
         assert {re.search(r"--dport (\d+)", rule)[1] for rule in idle.server.rules()} - {"23"} == {"24", "22"}
 
-
 def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same(idle):
     fakes = Fakes(idle.lab)
     with serving(idle, fakes.prefix, open_timeout=2) as server:
@@ -2325,7 +2164,6 @@ def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same
             time.sleep(1)  # so that the next rule is another one
         assert len(idle.server.rules()) <= 1, "opened again, a door has two rules"
 
-
 def test_a_start_while_iptables_is_busy_keeps_the_kernels_time_limit(idle):
     fakes = Fakes(idle.lab)
     fakes.fault("iptables-is-busy-once")
@@ -2333,7 +2171,6 @@ def test_a_start_while_iptables_is_busy_keeps_the_kernels_time_limit(idle):
         opens(idle)
         assert "--datestop" in idle.server.rules()[0] and "refuses" not in server.log
         assert fakes.flag.read_text() == "none\n", "it was not busy"
-
 
 def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_can_again(idle):
     """Every process that it starts fails while a file is there: out of memory or tasks."""
@@ -2360,7 +2197,6 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
             assert server.process.wait(15) == 0 and server.log.count("doors may be open: ip") == 2, "it tries both"
             flag.unlink()
 
-
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
     """iptables-legacy: the one with a lock."""
     def ports():
@@ -2384,7 +2220,6 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
         for program in "iptables-legacy", "ip6tables-legacy":
             idle.server.run(program, "-F"), idle.server.run(program, "-X")
 
-
 def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(idle):
     with serving(idle, ("sh", "-c", 'exec "$@" 2>/dev/full', "sh"), ready="", open_timeout=2) as server:
         deadline = deadline_of(opens(idle))
@@ -2392,7 +2227,6 @@ def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(idle):
         assert time.time() >= deadline
         opens(idle), opens(idle, "C", "22")
         assert server.log == ""
-
 
 def test_a_full_disk_below_the_keyring_fails_no_later_knock(idle):
     (disk := idle.lab.new("disk")).mkdir()
@@ -2409,7 +2243,6 @@ def test_a_full_disk_below_the_keyring_fails_no_later_knock(idle):
     finally:
         sh("gpgconf", "--homedir", disk / "gpg", "--kill", "gpg-agent", check=False)
         sh("umount", "-l", disk)
-
 
 def test_the_interface_may_appear_after_the_start_go_down_and_be_made_anew(idle):
     def unplug():
@@ -2436,7 +2269,6 @@ def test_the_interface_may_appear_after_the_start_go_down_and_be_made_anew(idle)
         if "eth0" not in idle.server.run("ip", "link").stdout:
             plug()
 
-
 def test_doors_close_and_knocks_work_again_though_the_clock_jumps(idle):
     shift = Shift(idle.lab)
     with serving(idle, program=shift.program, open_timeout=3) as server:
@@ -2451,7 +2283,6 @@ def test_doors_close_and_knocks_work_again_though_the_clock_jumps(idle):
             opens(idle)
         assert "knock refused" not in server.log
 
-
 # ---- in from anywhere ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lost", ["SYNs with data", "UDP"])
@@ -2465,7 +2296,6 @@ def test_a_plain_knock_gets_in_through_a_router_that_drops_one_transport(box, lo
     fails(box, NO_ANSWER, "", "C", "22", host=lossy.homes[0], where=where, timeout=1, transport=only)
     counted = lossy.run(program, "-nvxL", "loss").stdout
     assert int(counted.splitlines()[2].split()[0]) >= 5, "the router drops nothing"
-
 
 def test_a_client_needs_no_package_and_udp_nothing_that_is_linuxs_own_nor_a_kernel_with_fast_open(box):
     """Away with: scapy, Pillow, AF_PACKET, MSG_FASTOPEN, numbers for setsockopt, /proc. As on macOS, BSD, Termux."""
@@ -2486,7 +2316,6 @@ builtins.open = lambda path, *a, **k: None if str(path).startswith('/proc') else
         opens(box)
     finally:
         box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=1")
-
 
 @pytest.mark.parametrize("kind", ["vlan", "bridge", "vlan on a bridge"])
 def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kind):
@@ -2513,7 +2342,6 @@ def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kin
         assert running.log.count(": opened") == 3 and "refused" not in running.log
         assert running.stop() == 0
 
-
 # ---- other firewalls -------------------------------------------------------------------------------------------------
 
 def test_a_door_is_said_to_be_open_only_if_input_leads_to_it(idle):
@@ -2531,7 +2359,6 @@ def test_a_door_is_said_to_be_open_only_if_input_leads_to_it(idle):
         opens(idle, "C", "22")
         assert "not closed" not in server.log, "what somebody else took out is closed"
         opens(idle, where="box6")
-
 
 def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     """An iptables without its time match: the real one, whose extension is covered."""
@@ -2551,7 +2378,6 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
         opens(idle)
         assert idle.client.connects(idle.server.ip)
         wait_for(lambda: not idle.server.rules(), "the door stays", 5)
-
 
 def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
     """The README's recipe as it stands."""
@@ -2586,18 +2412,15 @@ def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
         assert running.stop() == 0 and not client.connects(server.ip), "closed at stop"
         assert "-A" not in server.run("iptables-save").stdout
 
-
 # ---- what README.md says, done: its own commands, as written, on throwaway machines ----------------------------------
 
 README = (HERE / "README.md").read_text()
 NAMES = {"box": 10, "laptop": 20, "other": 30, "inside": 40}
 
-
 def blocks(heading, language="sh"):
     """The code blocks of one language under a heading of the README, in order."""
     section = re.split(rf"(?m)^#+ {re.escape(heading)}$", README)[1]
     return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", re.split(r"\n\n#+ ", section)[0])
-
 
 class Machine(Host):
     """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who may sudo."""
@@ -2665,31 +2488,26 @@ class Machine(Host):
         """Whether a log-in on the server works."""
         return self.shell("ssh me@box.example.com true", check=False).returncode == 0
 
-
 @pytest.fixture
 def site():
     with Lab() as site:
         yield site
-
 
 @pytest.fixture
 def remote(site):
     """A server, set up by the README's commands."""
     return Machine(site, "box", 2)
 
-
 @pytest.fixture
 def laptop(site):
     """A client with tariq.py in place; not enrolled."""
     return Machine(site, "laptop")
-
 
 def type_enroll(remote, laptop, user="me@laptop", run=Machine.shell):
     """Step 2 of the README: the line that enrols a client, through a real ssh."""
     if not remote.connects("127.0.0.1"):
         remote.sshd(system=True)
     return run(laptop, blocks("2. A client")[0].replace("me@laptop", user))
-
 
 def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
     """As typed, through real ssh. The firewall's commands go into an ssh session, which must outlive each of them."""
@@ -2732,7 +2550,6 @@ def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
     assert server.stop() == 0
     assert "INPUT does not drop" not in remote.serve().log
 
-
 def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, remote, laptop):
     first = type_enroll(remote, laptop)
     for machine, path in (remote, "/etc/tariq/tariq.conf"), (laptop, "/home/me/.config/tariq/tariq.conf"):
@@ -2754,7 +2571,6 @@ def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, r
     remote.serve()
     laptop.knock("O", "22"), other.knock("C", "22")
 
-
 def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(remote, laptop):
     """Sampled from /proc while the line runs, on both machines."""
     secrets, seen = remote.shell("sudo sed -n 's/^secret.* = //p' /etc/tariq/tariq.conf").stdout.split(), ""
@@ -2767,7 +2583,6 @@ def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(re
                         seen += proc(pid, name)
     assert line.result() and "enroll" in seen
     assert len(secrets) == 2 and not any(word in seen for word in secrets)
-
 
 def test_the_set_up_by_hand_for_another_user_works(site, laptop):
     remote, home = Machine(site, "box"), "/etc/tariq/.server-gpg"
@@ -2793,7 +2608,6 @@ END""")
     done = remote.run("tariq.py", "server", check=False)
     assert done.returncode == DIED and "chown -R tariq" in done.stderr
 
-
 def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, remote, laptop):
     other = Machine(site, "other")
     type_enroll(remote, laptop)
@@ -2811,7 +2625,6 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     server.wait_log("198.51.100.20: knock refused: ")
     assert "opened" in other.knock("O", "22").stdout
 
-
 def test_ssh_knocks_by_itself_with_the_recipe(site, remote, laptop):
     type_enroll(remote, laptop)
     server = remote.serve()
@@ -2821,7 +2634,6 @@ def test_ssh_knocks_by_itself_with_the_recipe(site, remote, laptop):
     assert "opened tcp/22" in server.log and len(remote.rules()) == 1
     assert laptop.shell("echo hello | ssh me@box.example.com cat").stdout == "hello\n"
     assert not Machine(site, "other").connects(remote.ip)
-
 
 def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
     type_enroll(remote, laptop)
@@ -2842,12 +2654,10 @@ def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
     assert not laptop.connects(remote.ip, 22) and not other.connects(remote.ip, 2222)
     assert server.stop() == 0 and not laptop.connects(remote.ip, 2222)
 
-
 def test_every_anchor_in_the_readme_leads_somewhere():
     headings = {re.sub("[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-")
                 for line in README.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
-
 
 # ---- keys with a passphrase ------------------------------------------------------------------------------------------
 
@@ -2864,7 +2674,6 @@ done
 """
 AGENT_CONF = "~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent"
 
-
 @pytest.fixture(scope="module")
 def locked():
     """An enrolled client whose key got a passphrase by the README's command, and a pinentry that types it."""
@@ -2877,13 +2686,11 @@ def locked():
         laptop.shell(blocks("A key with a passphrase")[0])
         yield laptop
 
-
 def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
     locked.shell(f"rm -f asked; echo pinentry-program /home/me/pinentry > {AGENT_CONF}")  # it knows nothing yet
     for words in (("O", "22"), ("C", "22")):
         locked.knock(*words)
         assert locked.shell("cat asked").stdout == "asked\n"
-
 
 def knock_on_a_terminal(client, types, redirect=""):
     """Knock on a pseudo-terminal where somebody types into pinentry-curses -> (exit code, all that it showed)."""
@@ -2906,13 +2713,11 @@ def knock_on_a_terminal(client, types, redirect=""):
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
-
 @pytest.mark.parametrize("redirect", ["", "</dev/null >/dev/null"])
 def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(locked, redirect):
     """`Match exec` gives the command /dev/null as input and output; its stderr is the terminal."""
     code, said = knock_on_a_terminal(locked, b"correct-horse-7\r", redirect)
     assert code == 0 and b"correct-horse" not in said and (redirect or b"opened tcp/22" in said), said
-
 
 def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(locked):
     code, said = knock_on_a_terminal(locked, b"wrong\r")
@@ -2921,15 +2726,12 @@ def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(lock
     assert done.returncode == 65 and "a passphrase? That needs a terminal, and pinentry-curses" in done.stderr
     assert done.stderr.count("\n") == 1
 
-
 # ---- the service -----------------------------------------------------------------------------------------------------
 
 UNIT = blocks("1. The server")[0].partition("<<'END'\n")[2].partition("\nEND\n")[0]
 
-
 def unit(key):
     return re.search(f"^{key}=(.*)$", UNIT, re.M)[1].split()
-
 
 def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     """What systemd does, done with the kernel's own means: the exact bounding set, no new privileges, a read-only
@@ -2956,7 +2758,6 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     assert "closed" in laptop.knock("C", "22").stdout
     assert server.stop() == 0
 
-
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
 def test_the_unit_is_valid_little_exposed_and_lets_through_all_that_the_server_does(remote, laptop):
     """Traced: every system call is in the SystemCallFilter, every socket's family in RestrictAddressFamilies."""
@@ -2982,7 +2783,6 @@ def test_the_unit_is_valid_little_exposed_and_lets_through_all_that_the_server_d
     assert len(calls) > 40 and calls <= members("@system-service") | members("@default"), calls
     assert set(re.findall(r"socket(?:pair)?\((\w+)", text)) <= set(unit("RestrictAddressFamilies"))
 
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: run as root")
 @pytest.mark.parametrize("interrupted_at", [None, "Three hosts", "opened tcp/22"])
 def test_the_demo_shows_what_the_readme_says_and_leaves_nothing_also_after_ctrl_c(tmp_path, interrupted_at):
@@ -3004,7 +2804,6 @@ def test_the_demo_shows_what_the_readme_says_and_leaves_nothing_also_after_ctrl_
     assert all(step in said for step in steps) and said.count("65535 scanned ports") == 2
     at = [said.index(step) for step in steps[2:5] + steps[7:9] + steps[10:11]]
     assert at == sorted(at)
-
 
 def demo():
     """Three throwaway hosts, a closed door and a knock. What stands after a $ is run as it stands; the demo fails where
@@ -3078,12 +2877,10 @@ def demo():
         return 130
     return 0
 
-
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 RATIOS = {"kernel": 0.55, "udp": 0.5, "crafted": 1.2}  # wanted, to fwknop with GPG in the same run
 GIVE_UP = 5  # seconds without an open port
-
 
 def start_fwknop(world, kind, port):
     """fwknop as its manual sets it up, defaults where there are any (it looks for packets each 0.1 s); kind: gpg or
@@ -3117,7 +2914,6 @@ def start_fwknop(world, kind, port):
     command = ["fwknop", "--rc-file", write(directory / "fwknoprc", profile, NOBODY), "--no-save-args", "-n", "box"]
     return command, lambda: world.server.run("iptables", "-F", chain)
 
-
 def start_knockd(world):
     """knockd with the example its package brings, on a chain of its own -> (command, close)."""
     server = world.server
@@ -3129,7 +2925,6 @@ def start_knockd(world):
     words = "knockd", "-i", "eth0", "-c", path, "-p", world.lab.dir / "knockd.pid"
     server.popen(*words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     return ["knock", server.ip, "7000", "8000", "9000"], lambda: server.run("iptables", "-F", "KNOCKD")
-
 
 def bench_latency(rounds=20):
     """Time from command start to the first TCP connect, every tool in each round, doors shut in between."""
@@ -3164,7 +2959,6 @@ def bench_latency(rounds=20):
         print(f"{tool:24} {statistics.median(took):6.1f} ms {min(took):6.1f} ms {p90:6.1f} ms "
               f"{statistics.median(took) / base:13.2f} {RATIOS.get(tool.removeprefix('tariq, '), ''):>6}")
 
-
 def probe(address, command):
     """In the client's namespace: ms from a command's start to the first connect, started here, so that `ip netns exec`
     is not measured. A knock that fails ends the benchmark: its figure would mean nothing."""
@@ -3185,12 +2979,10 @@ def probe(address, command):
     assert opened and process.returncode == 0, f"{command}: exit {process.returncode}, {took:.0f} ms: {said}"
     return took
 
-
 GARBAGE = 900  # bytes of payload, as a real fragment has
 POOL = 4096  # different frames, made beforehand: making them costs more than sending them
 FLOOD_LONGEST = 240  # seconds; a sender ends by itself even when nobody stops it
 BATCH = 0.001  # seconds between bursts: a sleep for each packet would cost more than the packet
-
 
 def garbage_syn(link, source, destination, port, size=GARBAGE):
     """A SYN with random payload and right checksums: a wrong one would spare the server work."""
@@ -3198,12 +2990,10 @@ def garbage_syn(link, source, destination, port, size=GARBAGE):
     syn = TCP(sport=random.randint(1024, 65535), dport=port, flags="S", seq=random.getrandbits(32), window=64240)
     return link + bytes(IP(src=source, dst=destination, flags="DF") / syn / os.urandom(size))
 
-
 def link_header(source, destination):
     """The Ethernet header of IPv4 from one host to another."""
     macs = "".join(link_state(host)["address"] for host in (destination, source))
     return bytes.fromhex(macs.replace(":", "") + "0800")
-
 
 def part_flood(link, source, destination, ports, rate):
     """In the attacker's namespace: send garbage at a rate, until stdin ends or FLOOD_LONGEST. source: an address, or
@@ -3232,7 +3022,6 @@ def part_flood(link, source, destination, ports, rate):
             place, due = (place + done) % POOL, due - done
         time.sleep(max(0, began + now + BATCH - time.monotonic()))
 
-
 def knock_once(world):
     """A door that is shut, opened and gone through -> the time of the opening in ms, or None where it failed."""
     for _ in range(3):
@@ -3242,7 +3031,6 @@ def knock_once(world):
     done = knock(world, transport="kernel")
     took = (time.perf_counter() - began) * 1e3
     return took if shut and done.returncode == 0 and world.client.connects(world.server.ip, timeout=3) else None
-
 
 def flooded(world, source, rate, knocks):
     """Knocks during a flood -> ([ms or None], what was counted meanwhile: packets by the interfaces, seconds)."""
@@ -3261,7 +3049,6 @@ def flooded(world, source, rate, knocks):
         print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: the next row is too good")
     sender.communicate()
     return times, counted
-
 
 def bench_flood(*rates, knocks=20):
     """Knocks of an ordinary user while garbage comes in at each rate, half from one address, half from many."""
@@ -3284,7 +3071,6 @@ def bench_flood(*rates, knocks=20):
             print(f"{rate:8} {sent:8.0f} {got:8.0f} {opened:>14} {statistics.median(times):5.0f} ms "
                   f"{max(times):5.0f} ms {cpu:6.1%} {memory[0]:>14} {memory[1]:>14}", flush=True)
 
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 def main():
@@ -3304,7 +3090,6 @@ def main():
         atexit.register(sh, "userdel", "-f", "tariq", check=False)
     side_by_side = ["-n", "3"] if importlib.util.find_spec("xdist") else []  # they wait a lot
     return pytest.main(["-q", "-p", "no:cacheprovider", *side_by_side, str(HERE / "test_tariq.py"), *sys.argv[1:]])
-
 
 if __name__ == "__main__":
     sys.exit(main())
