@@ -2951,6 +2951,7 @@ def bench_latency(rounds=20):
                 shut()
                 times[tool] += [took] if number else []
                 time.sleep(0.05 + random.random() / 10)  # no tool meets its server's polling always in one phase
+        bench_parts(world)
     base = statistics.median(times.get("fwknop, GPG + HMAC", [float("nan")]))
     print(f"\nfrom command start to the first TCP connect, {rounds} rounds; beside each command a prober sends SYNs")
     print(f"{'tool':24} {'median':>9} {'min':>9} {'p90':>9} {'to fwknop GPG':>13} {'wanted':>6}")
@@ -2958,6 +2959,35 @@ def bench_latency(rounds=20):
         p90 = statistics.quantiles(took * 2, n=10, method="inclusive")[8]  # * 2: it needs two at least
         print(f"{tool:24} {statistics.median(took):6.1f} ms {min(took):6.1f} ms {p90:6.1f} ms "
               f"{statistics.median(took) / base:13.2f} {RATIOS.get(tool.removeprefix('tariq, '), ''):>6}")
+
+def bench_parts(world, rounds=15):
+    """What the time of client and server consists of, each part by itself."""
+    def median(function):
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - began) * 1e3)
+        return statistics.median(times)
+    def program(*argv, user=0):
+        return median(lambda: world.server.run(*argv, user=user)) - median(lambda: world.server.run("true", user=user))
+    text, peer, ring, python = TARIQ.read_text(), Peer(world).seal(), world.ring, (sys.executable, "-I", "-c")
+    imports = "\n".join(re.findall(r"(?m)^(?:import|from) .*", text))
+    sealed, packet = world.lab.dir / "sealed", tariq.split(packet_of(1000, bytes(900)), None)
+    sealed.write_bytes(peer.sealed)
+    line = ["gpg", "--homedir", peer.home, "-qo", "/dev/null", "--batch", "--yes", "--trust-model", "always"]
+    start = program(*python, "pass", user=NOBODY)
+    for name, took in (
+            ("client: interpreter", start), ("client: imports", program(*python, imports, user=NOBODY) - start),
+            ("client: compile tariq.py", median(lambda: compile(text, "tariq.py", "exec"))),
+            ("client: cover and PNG", median(lambda: tariq.hide(tariq.cover(""), b"x" * 100))),
+            ("client: gpg, seal", program(*line, "-r", peer.to, "-u", f"<{peer.user}>", "-se", sealed, user=NOBODY)),
+            ("server: gpg, unseal", median(lambda: gpg(ring, "-o", "/dev/null", "--decrypt", sealed))),
+            ("server: PNG, by Pillow", median(lambda: tariq.reveal(make_png(b"x")))),
+            ("server: one reply, by scapy", median(lambda: tariq.respond(packet, bytes(100)))),
+            ("server: firewall, check", program("iptables", "-w", "5", "-C", "INPUT", "-j", "tariq")),
+            ("server: firewall, rule", program(*"iptables -w 5 -A tariq -s 192.0.2.9 -j ACCEPT".split()))):
+        print(f"  {name:28} {took:6.1f} ms")
 
 def probe(address, command):
     """In the client's namespace: ms from a command's start to the first connect, started here, so that `ip netns exec`
