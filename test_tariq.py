@@ -2519,7 +2519,7 @@ def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
     assert laptop.shell("grep server_key ~/.config/tariq/tariq.conf").stdout.split()[-1] in done.stderr
     assert "closed" in laptop.knock("C", "22").stdout, "a firewall that is open yet keeps no knock out"
     keep, way_back, close, first_knock, last = blocks("3. The firewall, and the first knock")
-    call_off, *persist = last.splitlines(keepends=True)
+    call_off, *persist = (line.rstrip(" &") for line in last.splitlines())
     assert len(persist) == 2 and "netfilter-persistent save" in persist[1]  # what needs the network
     session = laptop.popen("ssh", "me@box.example.com", "bash", user="me", stdin=PIPE, stdout=PIPE,
                            stderr=subprocess.STDOUT)
