@@ -75,7 +75,7 @@ def ports_of(text):
 
 def command_of(words):
     """The words of a request or of a line of `may`, checked: ['O', '22'] -> ['O', '22/tcp'].
-    Raises ValueError."""
+    O opens ports, C closes them, E executes a command. Raises ValueError."""
     if not isinstance(words, list) or len(words) < 2 or words[0] not in ("O", "C", "E") \
             or not all(isinstance(word, str) and word.isprintable() for word in words):
         raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], printable")
@@ -302,7 +302,7 @@ def unframe(key, label, payload, least):
 
 def split(packet, link):
     """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet."""
-    packet = packet.ljust(LEAST)  # no read of a header ends beyond; too long for a link to pad
+    packet = packet.ljust(LEAST)  # header reads end within; longer than what links pad
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
     else:
@@ -314,7 +314,7 @@ def split(packet, link):
 
 def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     """An IP packet's bytes, as Linux makes it where net.ipv4.tcp_timestamps is 0: a datagram or,
-    with flags, a SYN, SYN-ACK or ACK. Addresses are text."""
+    with flags, a SYN, SYN-ACK (these: a random seq) or ACK. Addresses are text."""
     from scapy.layers import inet, inet6  # never scapy.all; 0.1 s, which other transports save
     six, nop, ip_id = ":" in to, ("NOP", None), 0
     upper = inet.TCP(flags=flags, seq=seq, ack=ack, window=501) if flags else inet.UDP()
@@ -345,7 +345,7 @@ def respond(packet, payload):
 WAIT, BACKOFF, LONGEST = 0.3, 1.3, 1.2  # seconds to the first repeat, factor to the next, longest
 
 # A transport sends each frame of a knock to its target, and returns the socket that is answered.
-def kernel(family, _, targets, frames):
+def kernel(family, _own, targets, frames):
     """An ordinary socket's SYN carries it: Linux's TCP Fast Open (RFC 7413) without a cookie."""
     for target, payload in zip(targets, frames):
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -354,7 +354,7 @@ def kernel(family, _, targets, frames):
         sock.sendto(payload, socket.MSG_FASTOPEN, target)
     return sock  # the last: the others end here, their SYN is out
 
-def udp(family, _, targets, frames):
+def udp(family, _own, targets, frames):
     """The frames as datagrams of one ordinary UDP socket: nothing in it is Linux's own."""
     sock = socket.socket(family, socket.SOCK_DGRAM)
     for target, payload in zip(targets, frames):
@@ -381,7 +381,7 @@ class Crafted:
         self.packet = split(self.wire.recv(size), None)
         return self.packet.payload or b"-"  # b"" would say that the connection is over
 
-    def send(self, payload):
+    def send(self, payload):  # answers what recv returned last
         self.raw.send(respond(self.packet, payload))
 
 TRANSPORTS = {"kernel": kernel, "udp": udp, "crafted": Crafted}
@@ -467,7 +467,7 @@ def cmd_knock(options):
     images = options.img_dir or config.get("img_dir", sections, "")
     target = config.get("host", sections, options.host)
     route = find_route(target, options.family, ports)
-    transports = [TRANSPORTS[name] for name in options.transport or ("kernel", "udp")]
+    transports = [TRANSPORTS[name] for name in options.transport or ("kernel", "udp")]  # list
     k = os.urandom(32)
     request = json.dumps({"to": server, "k": k.hex(), "cmd": command})
     sealed = seal(home, hide(cover(images), request.encode()), user, server)
@@ -479,7 +479,7 @@ def cmd_knock(options):
     if not done:
         raise Fault(status or REFUSED, f"{options.host}: {text.decode(errors='replace')}")
     if command[0] != "E":
-        words = printable(text.decode(errors="replace"))
+        words = printable(text.decode(errors="replace"))  # opened tcp/22 for ADDRESS until...
         text = words.replace(" for ", f" on {options.host} for ", 1).encode() + b"\n"
     os.write(1, text)
     return status
@@ -493,7 +493,7 @@ ANSWER_TIME, REPEAT_TIME = 30, 10  # seconds from challenge to answer; in which 
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 
 class Knock:
-    """From first fragment to last result. packet: what to answer; owner: who has not answered."""
+    """From first fragment to last result. packet: what to answer; owner: address, till answered."""
 
     def __init__(self):
         self.pieces, self.packet, self.owner = {}, None, None
@@ -517,7 +517,7 @@ class Listener:
 
     def gate(self, data, link):
         """An authentic frame of now, new, at its own port -> (position, id, piece, Packet); else
-        None, and nothing is kept."""
+        None, and only a nonce may be kept. Position: a fragment's, or last + 1: an answer."""
         packet = split(data, link)
         if not (opened := unframe(self.key, b"knock", packet.payload, 1 + ID)):
             return None
@@ -539,10 +539,10 @@ class Listener:
         """A frame to its knock, whose address is where its last fragment first came from."""
         if knock := self.knocks.get(knock_id):
             if position >= self.last and packet.sender == knock.packet.sender:
-                knock.packet = packet
+                knock.packet = packet  # a repeat or the answer: replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
                     knock.frames.put_nowait((position, piece))
-        elif position <= self.last and knock_id not in self.seen:
+        elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
             knock = self.partial.setdefault(knock_id, Knock())
             if len(self.partial) > KNOCKS_MAX:
                 self.partial.popitem(last=False)
@@ -594,7 +594,7 @@ class Listener:
             position, piece = knock.frames.get(timeout=max(0, end - monotonic()))
         knock.owner = None
         self.say([knock_id.hex(), signer, command, knock.packet.sender.hex()])
-        result = knock.result.get(timeout=patience + ANSWER_TIME)
+        result = knock.result.get(timeout=patience + ANSWER_TIME)  # here a margin
         end = monotonic() + REPEAT_TIME
         while True:
             self.reply(knock.packet, frame(reply_key, b"result", result))
@@ -609,7 +609,7 @@ class Listener:
         self.channel.send(json.dumps(message).encode())
 
     def take_results(self):
-        """From the monitor, each to the thread that waits."""
+        """id | done, status, text from the monitor, each to the thread that waits."""
         while message := self.channel.recv(MESSAGE_MAX):
             if knock := self.knocks.get(message[:ID]):
                 knock.result.put(message[ID:])
@@ -654,7 +654,7 @@ FRAMES_ONLY = f"""
     25 1 0 {MOST:x}       over MOST? then *
     35 1 0 {LEAST:x}        LEAST or more? then over *
     06 0 0 0         * nothing of this packet
-    30 0 0 0         load the first byte
+    30 0 0 0         load the IP header's first byte (no link header: SOCK_DGRAM)
     35 3 0 60        IPv6? then to the last line
     b1 0 0 0         IPv4: the header's length
     48 0 0 2         load the port behind it
@@ -665,10 +665,10 @@ RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: w
 COMMANDS_MAX = 16  # at once
 ANY = 255  # as run's `most`: whatever the exit status
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
-FOREVER = 2**31 - 1  # seconds since 1970, the last that iptables' time match takes; or no end
+FOREVER = 2**31 - 1  # the last second iptables' time match takes; as a door's seconds: no end
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {dport} "
-        "-m time --datestop {until} -j ACCEPT").split()
+        "-m time --datestop {until} -j ACCEPT").split()  # below, addresses to try it with
 FAMILIES = (("iptables", "-w", "5"), "192.0.2.1"), (("ip6tables", "-w", "5"), "2001:db8::1")
 FIELD = re.compile(r"\{(\w+)\}")
 END_WITH_ME = "setpriv", "--pdeathsig", "TERM"  # when this server is gone, also by kill -9
@@ -722,9 +722,9 @@ class Monitor:
         for protocol in ("tcp", "udp"):
             rule = config.get(f"open_{protocol}_port", default=RULE)[2:]  # without its -A chain
             self.words[protocol] = [["{iptables}", "-w", "5", action, self.chain, *rule]
-                                    for action in ("-A", "-D")]
+                                    for action in ("-A", "-D")]  # {iptables}: by `door_words`
         if opening := config.get("open_command", default=[]):
-            self.families = ()
+            self.families = ()  # none: no chain and no iptables of ours
             self.words = dict.fromkeys(self.words, [opening, config.get("close_command")])
         ports = config.get("secret_ports")
         self.settings = {"ports": ports, "key": shared_key(config.get("secret"), ports).hex(),
@@ -757,7 +757,7 @@ class Monitor:
                     log(f"{program[0]} refuses -m time (no xt_time in this kernel?): without it")
                     for words in self.words["tcp"] + self.words["udp"]:
                         if words[-6:-2] == RULE[-6:-2]:
-                            del words[-6:-2]
+                            del words[-6:-2]  # -m time --datestop {until}
                     run(*self.door_words(ip, port)[0])
             run(*program, "-F", self.chain)
             rules = run(*program, "-S", "INPUT")[1].splitlines()
@@ -774,7 +774,7 @@ class Monitor:
         self.doors.pop((ip, port), None)
 
     def stop(self):
-        """At the end, whatever it is: no door. Listener and commands end with this process."""
+        """At the end, whatever it is: no door. By pdeathsig, listener and commands end too."""
         closing = [words for _, words in self.doors.values()]
         if self.families:
             closing = [(*program, "-F", self.chain) for program, _ in self.families]
@@ -798,7 +798,7 @@ class Monitor:
         event = f"{ip} {shlex.join(command)}"
         try:
             config = Config(self.config.path, root=True)  # afresh: an edit holds from now on
-            section = config.clients().get(user, "")
+            section = config.clients().get(user, "")  # "", no section: may nothing
             user = section.removeprefix("allow ") or user
             if not permitted(config.get("may", [section], []), command):
                 raise Fault(REFUSED, f"refused: the server's config does not allow it to {user}")
@@ -970,7 +970,7 @@ def cmd_init(options):
     os.makedirs(home, exist_ok=True)
     os.chown(home, owner.pw_uid, owner.pw_gid)
     key = make_key(home, f"tariq@{socket.gethostname()}")
-    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # outside the service
+    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not the service's agent
     ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
     secret = base64.b64encode(os.urandom(32)).decode()
     write_private(options.config,
@@ -995,7 +995,7 @@ def cmd_keygen(options):
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
-    allow = "\n".join(" ".join(words) for words in options.allow or [["O 22"]])  # as ssh splits it
+    allow = "\n".join(" ".join(words) for words in options.allow or [["O 22"]])  # ssh splits each
     lines = [shlex.join(words) for words in patterns_of(allow)]
     if "#" in allow:
         raise Fault(USAGE, "--allow needs words without #: in a config that begins a comment")
