@@ -2446,7 +2446,7 @@ class Machine(Host):
             mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}; printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
             sed -i '/^tariq:/d' /etc/passwd /etc/shadow /etc/group /etc/gshadow
             useradd --create-home --shell /bin/bash me; echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me
-            cp {site.dir}/tariq.py {site.dir}/tariq.conf.example /home/me/
+            cp {shutil.copy(TARIQ, f"{own}.py")} /home/me/tariq.py; cp {site.dir}/tariq.conf.example /home/me/
             for home in /root /home/me; do  # each may log in everywhere
                 mkdir -m 700 $home/.ssh; cp {key} $home/.ssh/id_ed25519; cp {key}.pub $home/.ssh/authorized_keys
                 printf 'StrictHostKeyChecking accept-new\\nConnectTimeout 1\\nLogLevel ERROR\\n' > $home/.ssh/config
