@@ -191,7 +191,7 @@ def gpg(home, *arguments, data=b"", seconds=60):
         said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
         said = said and f"{said} (a passphrase? That needs a terminal, and pinentry-curses)"
         raise Fault(BAD_DATA, f"gpg, {home}: exit status {process.returncode} (-9: {seconds} s) "
-                              f"{' '.join(TROUBLE.findall(words))} {said}")
+                              f"{' '.join(TROUBLE.findall(words)[:9])} {said}")  # bounded: a message carries it
     return output, words
 
 def exactly(user):
@@ -565,7 +565,7 @@ class Listener:
         except queue.Empty:
             pass  # its time is over
         except Exception as error:  # whatever becomes of one knock, the next is served
-            self.say(f"{address}: knock refused: {explained(error)[1][:1000]}")
+            self.say(f"{address}: knock refused: {explained(error)[1]}")
         self.remember(knock_id)  # before it goes: its repeats shall start no gpg
         del self.knocks[knock_id]
 
@@ -715,7 +715,7 @@ class Monitor:
     """Policy, doors and commands, and the listener's parent."""
 
     def __init__(self, config, signals):
-        self.config, self.signals = config, signals
+        self.path, self.signals = config.path, signals
         self.doors = {}  # (address, port): its end, the words that close it
         self.families, self.words = FAMILIES, {}  # protocol: words that open, words that close
         self.chain = config.get("iptables_chain", default="tariq")
@@ -797,7 +797,7 @@ class Monitor:
             return log("a malformed message: the listener may be taken over: stop it, look")
         event = f"{ip} {shlex.join(command)}"
         try:
-            config = Config(self.config.path, root=True)  # afresh: an edit holds from now on
+            config = Config(self.path, root=True)  # afresh: an edit holds from now on
             section = config.clients().get(user, "")  # "", no section: may nothing
             user = section.removeprefix("allow ") or user
             if not permitted(config.get("may", [section], []), command):
@@ -813,12 +813,12 @@ class Monitor:
     def move_doors(self, command, ip, user, seconds):
         """O or C -> what was done, in words. Raises Fault."""
         action, *ports = command
+        if action == "O" and self.families:
+            self.link_chain(FAMILIES[":" in ip][0])
         for port in ports:
             if action == "C" or (ip, port) in self.doors:  # opened again, it has a new end
                 self.close(ip, port, user)
             if action == "O":
-                if self.families:
-                    self.link_chain(FAMILIES[":" in ip][0])
                 opening, closing = self.door_words(ip, port, user, seconds)
                 self.doors[ip, port] = monotonic() + seconds, closing  # it may open, then fail
                 run(*opening)
@@ -890,7 +890,7 @@ class Monitor:
                                       "else setpriv needs CAP_SETUID, CAP_SETGID, CAP_SETPCAP")
                 self.handle(message)
 
-def need_root():  # and nothing of the caller's environment
+def need_root():
     if os.geteuid():
         raise Fault(SYSTEM, "this needs root: sudo")
     os.environ.clear()  # no program that root starts gets the caller's environment
