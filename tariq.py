@@ -191,7 +191,7 @@ def gpg(home, *arguments, data=b"", seconds=60):
         said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
         said = said and f"{said} (a passphrase? That needs a terminal, and pinentry-curses)"
         raise Fault(BAD_DATA, f"gpg, {home}: exit status {process.returncode} (-9: {seconds} s) "
-                              f"{' '.join(TROUBLE.findall(words)[:9])} {said}")  # bounded: a message carries it
+                              f"{' '.join(TROUBLE.findall(words)[:9])} {said}")  # bounded
     return output, words
 
 def exactly(user):
