@@ -541,7 +541,7 @@ class Listener:
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet  # a repeat or the answer: replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
-                    knock.frames.put_nowait((position, piece))
+                    knock.frames.put_nowait(piece)
         elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
             knock = self.partial.setdefault(knock_id, Knock())
             if len(self.partial) > KNOCKS_MAX:
@@ -587,11 +587,10 @@ class Listener:
         patience = self.settings["patience"]
         challenge = nonce + patience.to_bytes(2, "big") + address.encode()
         answer, end = keyed(reply_key, b"answer", nonce, 32), monotonic() + ANSWER_TIME
-        position, piece = self.last, b""  # the last fragment is there: begin with a challenge
-        while not hmac.compare_digest(piece, answer):
-            if position == self.last:  # the knock, and its repeats
-                self.reply(knock.packet, frame(reply_key, b"challenge", challenge))
-            position, piece = knock.frames.get(timeout=max(0, end - monotonic()))
+        piece = b""
+        while not hmac.compare_digest(piece, answer):  # the knock, and its repeats
+            self.reply(knock.packet, frame(reply_key, b"challenge", challenge))
+            piece = knock.frames.get(timeout=max(0, end - monotonic()))
         knock.owner = None
         self.say([knock_id.hex(), signer, command, knock.packet.sender.hex()])
         result = knock.result.get(timeout=patience + ANSWER_TIME)  # here a margin
