@@ -27,7 +27,8 @@ The listener (gpg, Pillow, scapy) is unprivileged from its first instruction; ta
 name any client as signer, and get what that one `may`. The monitor (root) is standard library only.
 """
 import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd
-import queue, re, secrets, select, shlex, signal, socket, struct, sys, threading, time, zlib
+import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
+import time, zlib
 from collections import OrderedDict, namedtuple
 from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
@@ -93,14 +94,14 @@ def patterns_of(text):
 KEY = (r"[0-9A-Fa-f]{40}", "a key's fingerprint, 40 hex digits without spaces", str.upper)
 WORDS = (r"(?=.*\{ip\})(?=.*\{dport\}).+", "words with {ip} and {dport} among them", shlex.split)
 RULES = (r"-A \S+ " + WORDS[0], "-A CHAIN, then " + WORDS[1], shlex.split)
-SECONDS = (r"\d{1,8}", "a whole number of seconds", int)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports, with commas", ports_of),
     "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64",
                base64.b64decode),
     "key": KEY, "server_key": KEY, "open_tcp_port": RULES, "open_udp_port": RULES,
-    "open_command": WORDS, "close_command": WORDS, "open_timeout": SECONDS,
+    "open_command": WORDS, "close_command": WORDS,
+    "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
     "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)\w[\w-]{0,27}", "a chain of its own", str),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
@@ -156,18 +157,17 @@ class Config:
 GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-random-seed-file "
        "--trust-model always --status-fd 2").split()  # whom to trust, [allow] says
 SILENT = "--logger-file", "/dev/null"  # gpg's words on data of others, which may quote them
-INPUT_MAX = 65_536  # bytes that are read of gpg, and of standard input
+INPUT_MAX = 65_536  # bytes that are read of standard input
 UNSEAL_TIME = 1  # second: 15 ms are usual, and nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
-SETPRIV = ("setpriv --pdeathsig KILL --clear-groups --inh-caps=-all --ambient-caps=-all "
-           "--bounding-set=-all --no-new-privs").split()
 TROUBLE = re.compile(r"(?m)^\[GNUPG:\] ((?:NO_|NODATA|BAD|ERR|EXP|REV|FAIL)\w*|\w+_FAILED)")
 
 def as_owner(directory):
     """The words by which root runs a program as a directory's owner, without any privilege."""
     owner = os.stat(directory)
-    return [*SETPRIV, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}"]
+    return (f"setpriv --reuid={owner.st_uid} --regid={owner.st_gid} --clear-groups --no-new-privs "
+            "--inh-caps=-all --ambient-caps=-all --bounding-set=-all --pdeathsig KILL").split()
 
 def gpg(home, *arguments, data=b"", seconds=60):
     """Run gpg once -> (output, stderr with status lines). What lies in a keyring's directory may
@@ -176,23 +176,19 @@ def gpg(home, *arguments, data=b"", seconds=60):
     change = as_owner(home) if os.stat(home).st_uid and not os.geteuid() else []
     with suppress(OSError):  # where pinentry asks for a passphrase
         os.environ["GPG_TTY"] = os.ttyname(2)
-    with Popen([*change, *GPG, "--homedir", home, *arguments], stdin=PIPE, stdout=PIPE,
-               stderr=PIPE, start_new_session=bool(change)) as process:  # not root's terminal
-        timer = threading.Timer(seconds, process.kill)
-        timer.daemon = True
-        timer.start()
-        with suppress(BrokenPipeError):  # gpg ended early; its status says why
-            process.stdin.write(data)
-            process.stdin.close()
-        output = process.stdout.read(INPUT_MAX)
-        words = process.stderr.read(INPUT_MAX).decode(errors="replace")
-    timer.cancel()
-    if process.returncode:
+    try:
+        done = subprocess.run([*change, *GPG, "--homedir", home, *arguments], input=data,
+                              capture_output=True, timeout=seconds,
+                              start_new_session=bool(change))  # not root's terminal
+    except subprocess.TimeoutExpired:  # this bounds its words too: a second's are a few MB
+        raise Fault(BAD_DATA, f"gpg, {home}: not done in {seconds} s")
+    words = done.stderr.decode(errors="replace")
+    if done.returncode:
         said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
         said = said and f"{said} (a passphrase? That needs a terminal, and pinentry-curses)"
-        raise Fault(BAD_DATA, f"gpg, {home}: exit status {process.returncode} (-9: {seconds} s) "
+        raise Fault(BAD_DATA, f"gpg, {home}: exit status {done.returncode} "
                               f"{' '.join(TROUBLE.findall(words)[:9])} {said}")  # bounded
-    return output, words
+    return done.stdout, words
 
 def exactly(user):
     """How gpg names a key by this email and no other (gpg(1)); a fingerprint stays as it is."""
@@ -200,15 +196,14 @@ def exactly(user):
 
 def seal(home, data, signer, recipient):
     """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed."""
-    return gpg(home, "--compress-algo", "none", "--no-encrypt-to", "--local-user", exactly(signer),
-               "--hidden-recipient", recipient, "--sign", "--encrypt", data=data,
-               seconds=SIGNED_WITHIN)[0]
+    return gpg(home, "--compress-algo", "none", "--local-user", exactly(signer), "--sign",
+               "--hidden-recipient", recipient, "--encrypt", data=data, seconds=SIGNED_WITHIN)[0]
 
 def unseal(home, sealed, own):
     """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
     PLAIN_MAX bytes). Takes only what status lines prove (GnuPG doc/DETAILS). Raises Fault."""
-    plain, words = gpg(home, *SILENT, "--pinentry-mode", "cancel", "--max-output", str(PLAIN_MAX),
-                       "--try-secret-key", own, "--decrypt", data=sealed, seconds=UNSEAL_TIME)
+    decrypt = f"--pinentry-mode cancel --max-output {PLAIN_MAX} --try-secret-key {own} --decrypt"
+    plain, words = gpg(home, *SILENT, *decrypt.split(), data=sealed, seconds=UNSEAL_TIME)
     said = re.findall(r"(?m)^\[GNUPG:\] (\w+)", words)
     signed = re.search(r"(?m)^\[GNUPG:\] VALIDSIG \w+ \S+ (\d+) .* (\w{40})$", words)
     needed = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
@@ -230,7 +225,7 @@ def cover(directory):
     path = os.path.expanduser(directory)
     try:
         names = [name for name in os.listdir(path) if name.lower().endswith(".png")]
-        path = os.path.join(path, secrets.choice(names))
+        path += "/" + secrets.choice(names)
         with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB").resize((SIDE, SIDE)).tobytes()
     except Exception:  # there is none, or Pillow's many for a bad one
@@ -251,16 +246,14 @@ def hide(samples, data):
             + chunk(b"IEND", b""))  # not compressed: its size tells nothing of the request's
 
 def reveal(png):
-    """PNG -> data and spaces. The size comes first: a bomb stays packed. Raises Fault."""
+    """PNG -> data and spaces. The size comes first: a bomb stays packed. Raises ValueError, and
+    what Pillow has for bad files, which is much."""
     from PIL.PngImagePlugin import PngImageFile
-    try:
-        image = PngImageFile(io.BytesIO(png))
-        if image.size != (SIDE, SIDE) or image.mode != "RGB":
-            raise ValueError
-        bits = "".join(str(sample & 1) for sample in image.tobytes())
-        return int(bits, 2).to_bytes(CAPACITY, "big")
-    except Exception:  # Pillow has many for bad files; whichever it is, the answer is no
-        raise Fault(BAD_DATA, "not an image that Tariq made")
+    image = PngImageFile(io.BytesIO(png))
+    if image.size != (SIDE, SIDE) or image.mode != "RGB":
+        raise ValueError
+    bits = "".join(str(sample & 1) for sample in image.tobytes())
+    return int(bits, 2).to_bytes(CAPACITY, "big")
 
 # ---- wire: data in, frames that look random out, and back ----------------------------------------
 TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
@@ -316,7 +309,7 @@ def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     """An IP packet's bytes, as Linux makes it where net.ipv4.tcp_timestamps is 0: a datagram or,
     with flags, a SYN, SYN-ACK (these: a random seq) or ACK. Addresses are text."""
     from scapy.layers import inet, inet6  # never scapy.all; 0.1 s, which other transports save
-    six, nop, ip_id = ":" in to, ("NOP", None), 0
+    six, nop = ":" in to, ("NOP", None)
     upper = inet.TCP(flags=flags, seq=seq, ack=ack, window=501) if flags else inet.UDP()
     if "S" in flags:
         upper.seq, upper.window = secrets.randbits(32), 64800 if six else 64240
@@ -324,11 +317,10 @@ def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
                          ("WScale", 7)]
     if flags == "S":  # with a Fast Open cookie, SYN data looks usual
         upper.options += [("TFO", (secrets.randbits(32), secrets.randbits(32))), nop, nop]
-    elif flags == "PA":
-        ip_id = secrets.randbits(16)
     upper.sport, upper.dport = own_port, port
     if six:
         return bytes(inet6.IPv6(src=own, dst=to, fl=secrets.randbits(20)) / upper / payload)
+    ip_id = secrets.randbits(16) if flags == "PA" else 0
     return bytes(inet.IP(src=own, dst=to, flags="DF", id=ip_id) / upper / payload)
 
 def respond(packet, payload):
@@ -414,17 +406,17 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
     _, own, targets = route
     count = len(targets)
     size = -(-len(sealed) // count)
-    mine = own if ipaddress.ip_address(own).is_global else ""  # else NAT may show another
+    public = ipaddress.ip_address(own).is_global  # else NAT may show another
     wait, trouble, challenged, end = WAIT, "", False, monotonic() + seconds
     sockets = {}  # and by which transport each came
     while monotonic() < end:
         transport, *others = transports
         transports = [*others, transport]
-        step(f"{count} fragments go by {transport.__name__}")
+        step(f"{count} fragments go by {transport}")
         frames = [frame(key, b"knock", bytes([i]) + knock_id + sealed[i * size:][:size])
                   for i in range(count)]
         try:
-            sockets[transport(*route, frames)] = transport
+            sockets[TRANSPORTS[transport](*route, frames)] = transport
         except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
             trouble = f" ({error})"
         if len(sockets) > 4:  # close the oldest: three SYN time-outs, and Linux stops Fast Open
@@ -438,8 +430,8 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
             if challenge := unframe(reply_key, b"challenge", payload, 34):
                 nonce, patience = struct.unpack_from(">32sH", challenge[1])
                 seen = challenge[1][34:].decode(errors="replace")
-                if mine and seen != mine:
-                    raise Fault(RELAYED, f"the server sees {seen}, this machine is {mine}: nothing "
+                if public and seen != own:
+                    raise Fault(RELAYED, f"the server sees {seen}, this machine is {own}: nothing "
                                          "was opened; a relay, or NAT: try -4, -6, another network")
                 if not challenged:
                     step(f"the server has unsealed the request, and sees {seen}")
@@ -458,23 +450,21 @@ def cmd_knock(options):
     sections = options.host, "client"
     step = log if options.verbose else str  # str: to say nothing
     command = command_of([options.action, *options.words])
-    ports = options.ports and parse("secret_ports", options.ports)
     config = Config(options.config)
     server, user = config.get("server_key", sections), options.user or config.get("user", sections)
-    ports = ports or config.get("secret_ports", sections)
+    ports = parse("secret_ports", options.ports) if options.ports \
+        else config.get("secret_ports", sections)
     key = shared_key(config.get("secret", sections), ports)
     home = options.gpg_dir or config.get("client_gpg_dir", sections)
     images = options.img_dir or config.get("img_dir", sections, "")
-    target = config.get("host", sections, options.host)
-    route = find_route(target, options.family, ports)
-    transports = [TRANSPORTS[name] for name in options.transport or ("kernel", "udp")]  # list
+    route = find_route(config.get("host", sections, options.host), options.family, ports)
     k = os.urandom(32)
     request = json.dumps({"to": server, "k": k.hex(), "cmd": command})
     sealed = seal(home, hide(cover(images), request.encode()), user, server)
     if len(sealed) > len(ports) * (FRAME_MAX - HEAD - 1 - ID):
         raise Fault(CONFIG, f"{len(sealed)} bytes do not fit: use more secret_ports, smaller keys")
     step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
-    done, status, text = converse(options.host, transports, route, key, k, sealed,
+    done, status, text = converse(options.host, options.transport, route, key, k, sealed,
                                   options.timeout, step)
     if not done:
         raise Fault(status or REFUSED, f"{options.host}: {text.decode(errors='replace')}")
@@ -491,6 +481,7 @@ KNOCKS_MAX = 256  # incomplete knocks kept (then the oldest goes); and as many c
 UNANSWERED_MAX = 16  # knocks of one address (IPv6: /64) that nobody has answered for
 ANSWER_TIME, REPEAT_TIME = 30, 10  # seconds from challenge to answer; in which a result is repeated
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
+GPG_SLOTS = threading.Semaphore(4)  # runs of gpg at once
 
 class Knock:
     """From first fragment to last result. packet: what to answer; owner: address, till answered."""
@@ -507,7 +498,6 @@ class Listener:
         self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
         self.last, self.began = len(self.ports) - 1, time.time() * 1000
         self.seen, self.partial, self.knocks = OrderedDict(), OrderedDict(), {}
-        self.gpg_slots = threading.Semaphore(4)
 
     # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, and from here ==
     def receive(self):
@@ -517,17 +507,16 @@ class Listener:
 
     def gate(self, data, link):
         """An authentic frame of now, new, at its own port -> (position, id, piece, Packet); else
-        None, and only a nonce may be kept. Position: a fragment's, or last + 1: an answer."""
+        None, and nothing is kept. Position: a fragment's, or above last: an answer."""
         packet = split(data, link)
         if not (opened := unframe(self.key, b"knock", packet.payload, 1 + ID)):
             return None
         # == to here. Who sent it has the secret; who it is, gpg will say. ==
         (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
-        if abs(now - sent) > CLOCK_SKEW or sent <= self.began <= now or nonce in self.seen:
+        if abs(now - sent) > CLOCK_SKEW or sent <= self.began <= now or nonce in self.seen \
+                or packet.own_port != self.ports[min(data[0], self.last)]:
             return None  # from before it began: perhaps a replay (clock set back since? no telling)
         self.remember(nonce)
-        if data[0] > self.last + 1 or packet.own_port != self.ports[min(data[0], self.last)]:
-            return None
         return data[0], data[1:1 + ID], data[1 + ID:], packet
 
     def remember(self, token):
@@ -573,15 +562,14 @@ class Listener:
         """The server's side of the exchange. Raises Fault, or queue.Empty when its time is over."""
         sealed = b"".join(piece for _, piece in sorted(knock.pieces.items()))
         own = self.settings["own"]
-        with self.gpg_slots:
+        with GPG_SLOTS:
             signer, png = unseal(self.settings["home"], sealed, own)
-        data = reveal(png)
         try:
-            request = json.loads(data)
+            request = json.loads(reveal(png))
             k, command = bytes.fromhex(request["k"]), command_of(request["cmd"])
             if request["to"] != own or keyed(k, b"id", b"", ID) != knock_id:
                 raise ValueError
-        except Exception:  # whatever else was signed
+        except Exception:  # whatever else was signed: Pillow has many for bad files
             raise Fault(BAD_DATA, f"{signer} signed no request, or for another server or knock")
         reply_key, nonce = keyed(k, b"reply", sealed, 32), os.urandom(32)
         patience = self.settings["patience"]
@@ -636,14 +624,13 @@ def cmd_listener(descriptors):
         listener.say(f"listening for knocks on {len(listener.ports)} ports")
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
-        listener.say(explained(error)[1])
-        os._exit(DIED)  # with all its threads; the monitor sees its channel close
+        listener.say(explained(error)[1])  # and sees the channel close
 
 # ---- monitor: requests in, rules and commands out. RUNS AS ROOT, from here to the set-up ---------
 # BPF (linux/bpf_common.h, filter.h) in hexadecimal: operation, two jumps, value. It passes what may
 # be a frame (LEAST, MOST), to this host alone (not sent by it, nor to others), without a VLAN tag
 # (the VLAN's interface delivers it again). A test of each port follows it.
-FRAMES_ONLY = f"""
+FRAMES_ONLY = f"""\
     20 0 0 fffff004  load the packet's type
     15 0 6 0         PACKET_HOST? else *
     20 0 0 fffff02c  load the VLAN's tag
@@ -665,18 +652,17 @@ COMMANDS_MAX = 16  # at once
 ANY = 255  # as run's `most`: whatever the exit status
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 FOREVER = 2**31 - 1  # the last second iptables' time match takes; as a door's seconds: no end
-SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {dport} "
         "-m time --datestop {until} -j ACCEPT").split()  # below, addresses to try it with
-FAMILIES = (("iptables", "-w", "5"), "192.0.2.1"), (("ip6tables", "-w", "5"), "2001:db8::1")
-FIELD = re.compile(r"\{(\w+)\}")
-END_WITH_ME = "setpriv", "--pdeathsig", "TERM"  # when this server is gone, also by kill -9
+FAMILIES = ("iptables -w 5".split(), "192.0.2.1"), ("ip6tables -w 5".split(), "2001:db8::1")
 
-def launch(words, seconds, before=()):
-    """Log and start a program; timeout(1) kills it and its group after so many seconds."""
+def launch(words, seconds):
+    """Log and start a program; it ends with this process, also by kill -9, and timeout(1) kills it
+    and its group after so many seconds."""
     log("+ " + shlex.join(words))
-    process = Popen([*before, "timeout", "-k", "1", "-s", "KILL", str(seconds), *words], cwd="/",
-                    stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)
+    limits = f"setpriv --pdeathsig TERM timeout -k 1 -s KILL {seconds}".split()
+    process = Popen([*limits, *words], cwd="/", stdin=DEVNULL, stdout=PIPE, stderr=STDOUT,
+                    start_new_session=True)
     with suppress(OSError):
         fcntl.fcntl(process.stdout, 1031, OUTPUT_ROOM)  # F_SETPIPE_SZ
     os.set_blocking(process.stdout.fileno(), False)  # a daemon it leaves may hold the pipe open
@@ -705,16 +691,16 @@ def permitted(patterns, command):
     for pattern in patterns:
         if pattern[-1] == "*":
             pattern = pattern[:-1] + ["*"] * (len(command) - len(pattern) + 1)
-        fits = all(want in ("*", word) for want, word in zip(pattern, command))
-        if fits and len(pattern) == len(command):
+        if len(pattern) == len(command) \
+                and all(want in ("*", word) for want, word in zip(pattern, command)):
             return True
     return False
 
 class Monitor:
     """Policy, doors and commands, and the listener's parent."""
 
-    def __init__(self, config, signals):
-        self.path, self.signals = config.path, signals
+    def __init__(self, config):
+        self.path = config.path
         self.doors = {}  # (address, port): its end, the words that close it
         self.families, self.words = FAMILIES, {}  # protocol: words that open, words that close
         self.chain = config.get("iptables_chain", default="tariq")
@@ -744,7 +730,8 @@ class Monitor:
                   "until": time.strftime("%Y-%m-%dT%H:%M:%S", until),
                   "seconds": str(min(seconds, 99_999_999)),  # nft takes no more
                   "version": "6" if ":" in ip else "4", "iptables": FAMILIES[":" in ip][0][0]}
-        return [[FIELD.sub(lambda field: fields.get(field[1], field[0]), word) for word in words]
+        return [[re.sub(r"\{(\w+)\}", lambda field: fields.get(field[1], field[0]), word)
+                 for word in words]
                 for words in self.words[protocol]]
 
     def prepare(self):
@@ -774,10 +761,8 @@ class Monitor:
 
     def stop(self):
         """At the end, whatever it is: no door. By pdeathsig, listener and commands end too."""
-        closing = [words for _, words in self.doors.values()]
-        if self.families:
-            closing = [(*program, "-F", self.chain) for program, _ in self.families]
-        for words in closing:
+        flushing = [(*program, "-F", self.chain) for program, _ in self.families]
+        for words in flushing or [closing for _, closing in self.doors.values()]:
             try:
                 run(*words)
             except Exception as error:  # whatever it is, the others follow
@@ -802,7 +787,7 @@ class Monitor:
             if not permitted(config.get("may", [section], []), command):
                 raise Fault(REFUSED, f"refused: the server's config does not allow it to {user}")
             if command[0] == "E":
-                return self.execute(knock_id, event, user, command[1:])
+                return self.execute(knock_id, f"{user} {event}", command[1:])
             seconds = config.get("open_timeout", [section, "server"], 3600) or FOREVER
             status, text = 0, self.move_doors(command, ip, user, seconds)
         except Exception as error:  # whatever becomes of one request, doors are watched
@@ -828,15 +813,15 @@ class Monitor:
         stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", end)
         return f"opened {names} for {ip} until {'closed' if seconds == FOREVER else stamp}"
 
-    def execute(self, knock_id, event, user, words):
+    def execute(self, knock_id, event, words):
         """Start a permitted command, without a shell; a thread waits for it. It ends with this
         server, unless it makes a session of its own."""
         if threading.active_count() > COMMANDS_MAX:
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run: knock again")
-        process = launch(words, self.settings["patience"], END_WITH_ME)
+        process = launch(words, self.settings["patience"])
         def wait():
             status, output = finished(process)
-            self.finish(knock_id, f"{user} {event}: exit status {status}", True, status, output)
+            self.finish(knock_id, f"{event}: exit status {status}", True, status, output)
         threading.Thread(target=wait, daemon=True).start()
 
     def finish(self, knock_id, event, done, status, text):
@@ -848,11 +833,11 @@ class Monitor:
 
     def start_listener(self):
         """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
-        listing = FRAMES_ONLY.strip()
+        listing = FRAMES_ONLY
         for port in self.settings["ports"]:
-            listing += f"\n15 0 1 {port:x}\n06 0 0 {MOST:x}"  # is it this one? All of the packet
+            listing += f"15 0 1 {port:x}\n06 0 0 {MOST:x}\n"  # is it this one? All of the packet
         steps = [[int(word, 16) for word in line.split()[:4]]
-                 for line in f"{listing}\n06 0 0 0".splitlines()]
+                 for line in f"{listing}06 0 0 0".splitlines()]
         code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
         program = struct.pack("HP", len(steps), ctypes.addressof(code))
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
@@ -866,13 +851,12 @@ class Monitor:
                    *map(str, descriptors)], stdin=source, stdout=DEVNULL, stderr=DEVNULL, cwd="/",
                   env={"HOME": "/"}, pass_fds=descriptors, start_new_session=True)
 
-    def serve(self):
+    def serve(self, signals):
         """Until a signal ends it. It sleeps until there is a message, a signal, or a door's end."""
         while True:
-            end = min((end for end, _ in self.doors.values()), default=None)
-            wait = end and max(0, end - monotonic())
-            ready = select.select([self.channel, self.signals], [], [], wait)[0]
-            if self.signals in ready:
+            end = min((end for end, _ in self.doors.values()), default=FOREVER)
+            ready = select.select([self.channel, signals], [], [], max(0, end - monotonic()))[0]
+            if signals in ready:
                 return
             for door in [door for door, (end, _) in self.doors.items() if end <= monotonic()]:
                 try:
@@ -893,7 +877,7 @@ def need_root():
     if os.geteuid():
         raise Fault(SYSTEM, "this needs root: sudo")
     os.environ.clear()  # no program that root starts gets the caller's environment
-    os.environ["PATH"] = SAFE_PATH
+    os.environ["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def cmd_server(options):
     """Serve until SIGTERM, SIGINT or SIGHUP; no door is open before or after."""
@@ -903,7 +887,7 @@ def cmd_server(options):
     signal.set_wakeup_fd(wake)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
-    monitor = Monitor(Config(options.config, root=True), signals)
+    monitor = Monitor(Config(options.config, root=True))
     namespace = os.stat("/proc/self/ns/net").st_ino  # a chain belongs to a network namespace
     lock = os.open(f"/run/tariq-{monitor.chain}-{namespace}.lock", os.O_CREAT, 0o600)
     try:
@@ -913,7 +897,7 @@ def cmd_server(options):
     try:
         monitor.prepare()
         monitor.start_listener()
-        monitor.serve()
+        monitor.serve(signals)
     finally:
         monitor.stop()
 
@@ -958,7 +942,7 @@ def show_key(home, text):
 def cmd_init(options):
     """Make a server's user, keyring, key and config. A config that is there stays as it is."""
     need_root()
-    home = os.path.join(locked_directory(options.config), ".server-gpg")
+    home = locked_directory(options.config) + "/.server-gpg"
     if os.path.exists(options.config):
         return log(f"{options.config} is there already: nothing changed")
     if run("id", "tariq", most=ANY)[0]:
@@ -978,9 +962,9 @@ def cmd_init(options):
 
 def cmd_keygen(options):
     """Make a client's config, keyring and key where missing; print the public key."""
-    home, path = os.path.join(locked_directory(options.config), "gpg"), options.config
+    directory, path = locked_directory(options.config), options.config
     if not os.path.exists(path):
-        write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {home}\n")
+        write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
     home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"]))
     os.makedirs(home, exist_ok=True)
     try:
@@ -1001,7 +985,8 @@ def cmd_enroll(options):
     text = sys.stdin.buffer.read(INPUT_MAX)  # before the lock: keygen at its other end may hold it
     locked_directory(options.config)
     config = Config(options.config, root=True)
-    home, own = config.get("server_gpg_dir"), config.get("server_key")
+    home = config.get("server_gpg_dir")
+    profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}  # as text
     (key, user), clients = show_key(home, text), config.clients()
     name = options.name or re.sub(r".*<(.+)>$", r"\1", user)
     if key in clients:
@@ -1014,8 +999,7 @@ def cmd_enroll(options):
         section = f"[allow {name}]\nkey = {key}\nmay ={may}\n"
         write_private(config.path, f"{config.text.rstrip()}\n\n{section}")
         log(f"{name} ({key}) may {'; '.join(lines)}")
-    profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}  # as text
-    profile["public_key"] = gpg(home, "--armor", "--export", own)[0].decode()
+    profile["public_key"] = gpg(home, "--armor", "--export", profile["server_key"])[0].decode()
     print(json.dumps(profile))
 
 def cmd_join(options):
@@ -1035,7 +1019,7 @@ def cmd_join(options):
     if not config.ini.has_section(options.host):
         settings = "".join(f"{name} = {value}\n" for name, value in given.items())
         write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
-    elif not given.items() <= dict(config.ini[options.host]).items():
+    elif not given.items() <= config.ini[options.host].items():
         raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: take it out, "
                               "then join")
     gpg(home, "--import", data=key)
@@ -1068,7 +1052,8 @@ def command_line():
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0, help="no other IP")
     add("-t", "--timeout", type=int, default=10, help="seconds to try (10)")
-    add("--transport", nargs=1, choices=TRANSPORTS, help="default: kernel and udp in turn")
+    add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
+        help="default: kernel and udp in turn")
     add("-v", "--verbose", action="store_true", help="show each step")
     add("host")
     add("action", help="O PORT[/tcp|/udp]..., C PORT..., or E COMMAND [ARG...]")
