@@ -10,21 +10,21 @@ you run it. The server's firewall drops everything, and the server listens on no
                                                               new? whole? Then gpg: decrypted, one
                                                               valid signature, of these 10 minutes?
                                                               meant for me? id made of k?
-      <---------- frame(k', nonce, patience, address seen)    from the last port
+      <-------- frame(k', c | patience | address seen)        from the last port; c: 32 random bytes
       who knows k is my server. Is that my address?
-      frame(K, N | id | MAC(k', nonce)) ------------------>   who knows k is the signer, alive now,
+      frame(K, N | id | MAC(k', c)) ---------------------->   who knows k is the signer, alive now,
                                                               at this address. Monitor: policy, act
-      <------------------- frame(k', done, status, text)
+      <--------------- frame(k', done | status | text)
 
 K is shared by a server and its clients: it hides the server and names nobody. k is random, for one
 knock, and known to who sealed the request and to who could unseal it. k' is made of k and of the
 sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, stamped with its
-time, and has a fresh nonce: the same bytes twice are a replay, always. The client repeats its knock
-in new frames until it has the result; the server acts once. Patience is how long a command may run.
+time, and has a fresh nonce: the same bytes twice are a replay. The client repeats its knock in new
+frames until it has the result; the server acts once. Patience is how long a command may run.
 
-Trust boundaries: until its tag holds, a packet reaches `Listener.gate`, `split`, `unframe` alone.
-The listener (gpg, Pillow, scapy) is unprivileged from its first instruction; taken over, it can
-name any client as signer, and get what that one `may`. The monitor (root) is standard library only.
+Trust boundaries: at the server, until its tag holds, a packet meets `split`, `unframe`, `keyed`.
+The listener (gpg, Pillow, scapy) is unprivileged from its first instruction; taken over, it names
+any signer and address, and gets what that one `may`. The monitor (root) is standard library only.
 """
 import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd
 import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
@@ -34,12 +34,12 @@ from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 
-# Exit codes after sysexits.h, rarely a remote command's: a knock E COMMAND exits with that one's.
+# Exit codes, sysexits.h's: commands rarely use these, and a knock E COMMAND exits with its one's.
 USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER = 64, 65, 69, 70, 71, 75
 RELAYED, REFUSED, CONFIG = 76, 77, 78
 EXIT_CODES = """exit codes: 0 done; E: the command's (137: killed at its limit); 64 usage; 65 image,
 key or profile unusable; 69 program, package or file missing; 70 the listener died; 71 the system
-refused; 75 no answer; 76 somebody relays the knock; 77 refused by policy; 78 config"""
+refused; 75 no answer; 76 a relay, or NAT; 77 refused by policy; 78 config; 130 interrupted"""
 
 class Fault(Exception):
     """What the user can mend: an exit code, and the line they read."""
@@ -49,8 +49,8 @@ def explained(error):
     if isinstance(error, Fault):
         return error.args
     if isinstance(error, (ImportError, FileNotFoundError)):
-        return MISSING, (f"{error}: apt-get install gnupg python3-scapy python3-pil; "
-                         "Tariq's files come from tariq.py init (server) and keygen (client)")
+        return MISSING, (f"{error}: Tariq's files come from tariq.py init (server) and keygen "
+                         "(client), the rest from apt-get install gnupg python3-scapy python3-pil")
     if isinstance(error, ValueError):
         return USAGE, str(error)
     return SYSTEM, f"{type(error).__name__}: {error}"
@@ -91,6 +91,7 @@ def patterns_of(text):
     return [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]
 
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
+LINE = (".*", "one line", str)
 KEY = (r"[0-9A-Fa-f]{40}", "a key's fingerprint, 40 hex digits without spaces", str.upper)
 WORDS = (r"(?=.*\{ip\})(?=.*\{dport\}).+", "words with {ip} and {dport} among them", shlex.split)
 RULES = (r"-A \S+ " + WORDS[0], "-A CHAIN, then " + WORDS[1], shlex.split)
@@ -99,24 +100,26 @@ SYNTAX = {
                      "5 to 32 different ports, with commas", ports_of),
     "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64",
                base64.b64decode),
-    "key": KEY, "server_key": KEY, "open_tcp_port": RULES, "open_udp_port": RULES,
-    "open_command": WORDS, "close_command": WORDS,
+    "key": KEY, "server_key": KEY, "user": LINE, "img_dir": LINE, "client_gpg_dir": LINE,
+    "open_tcp_port": RULES, "open_udp_port": RULES, "open_command": WORDS, "close_command": WORDS,
     "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
-    "iptables_chain": (r"(?!(INPUT|FORWARD|OUTPUT)$)\w[\w-]{0,27}", "a chain of its own", str),
+    "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,27}", "a chain of its own, not in capitals", str),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
+    "host": (r"(?!DEFAULT$)[\w.:%-]+", "a name or an address", str), "server_gpg_dir": LINE,
 }
+IN_ALLOW = "key", "may", "open_timeout"  # the keys of a section [allow NAME]
 
 def parse(key, text):
     """The value of a key. Raises ValueError, which does not quote the text: it may be a secret."""
-    pattern, need, convert = SYNTAX.get(key, (".*", "one line", str))
+    pattern, need, convert = SYNTAX[key]
     with suppress(ValueError):
         if re.fullmatch(pattern, text, re.ASCII):
             return convert(text)
     raise ValueError(f"needs {need}")
 
 class Config:
-    """One INI file with a secret in it. Raises Fault or, where there is none, OSError."""
+    """One INI file, which may hold a secret. Raises Fault or, without a file, OSError."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -131,6 +134,10 @@ class Config:
             status = os.fstat(file.fileno())
         if status.st_mode & 0o077 or (root and status.st_uid):
             raise Fault(CONFIG, f"{path}: chmod 600 it; if root's commands obey it, chown root it")
+        for name, section in self.ini.items():
+            known = IN_ALLOW if name.startswith("allow ") else SYNTAX
+            if unknown := [key for key in section if key not in known]:  # a misspelt limit?
+                raise Fault(CONFIG, f"{path}: [{name}] {unknown[0]}: needs another name or section")
 
     def get(self, key, sections=("server",), default=None):
         """The first value that one of the sections has for a key, parsed."""
@@ -142,11 +149,11 @@ class Config:
                     raise Fault(CONFIG, f"{self.path}: [{section}] {key}: {error}")
         if default is None:
             raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing: written by hand "
-                                "or by init, keygen, join: see tariq.conf.example")
+                                "or by init, enroll, keygen, join: see tariq.conf.example")
         return default
 
     def clients(self):
-        """{fingerprint: section} of the sections [allow NAME]. Raises Fault where a key has two."""
+        """{fingerprint: section} of all [allow NAME]. Raises Fault: a key that is bad, or twice."""
         sections = [name for name in self.ini.sections() if name.startswith("allow ")]
         clients = {self.get("key", [name]): name for name in sections}
         if len(clients) < len(sections):
@@ -158,14 +165,16 @@ GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-r
        "--trust-model always --status-fd 2").split()  # whom to trust, [allow] says
 SILENT = "--logger-file", "/dev/null"  # gpg's words on data of others, which may quote them
 INPUT_MAX = 65_536  # bytes that are read of standard input
-UNSEAL_TIME = 1  # second: 15 ms are usual, and nested compression would take 10 s
+SHORT = 1  # second for data of others: 15 ms are usual, and nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 TROUBLE = re.compile(r"(?m)^\[GNUPG:\] ((?:NO_|NODATA|BAD|ERR|EXP|REV|FAIL)\w*|\w+_FAILED)")
 
 def as_owner(directory):
-    """The words by which root runs a program as a directory's owner, without any privilege."""
+    """The words by which root runs a program as a directory's owner, without a capability."""
     owner = os.stat(directory)
+    if not owner.st_uid:
+        raise Fault(CONFIG, f"{directory} needs an unprivileged owner: chown -R tariq: it")
     return (f"setpriv --reuid={owner.st_uid} --regid={owner.st_gid} --clear-groups --no-new-privs "
             "--inh-caps=-all --ambient-caps=-all --bounding-set=-all --pdeathsig KILL").split()
 
@@ -185,7 +194,7 @@ def gpg(home, *arguments, data=b"", seconds=60):
     words = done.stderr.decode(errors="replace")
     if done.returncode:
         said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
-        said = said and f"{said} (a passphrase? That needs a terminal, and pinentry-curses)"
+        said = said and f"{said} (if for a passphrase: it needs a terminal, pinentry-curses)"
         raise Fault(BAD_DATA, f"gpg, {home}: exit status {done.returncode} "
                               f"{' '.join(TROUBLE.findall(words)[:9])} {said}")  # bounded
     return done.stdout, words
@@ -203,7 +212,7 @@ def unseal(home, sealed, own):
     """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
     PLAIN_MAX bytes). Takes only what status lines prove (GnuPG doc/DETAILS). Raises Fault."""
     decrypt = f"--pinentry-mode cancel --max-output {PLAIN_MAX} --try-secret-key {own} --decrypt"
-    plain, words = gpg(home, *SILENT, *decrypt.split(), data=sealed, seconds=UNSEAL_TIME)
+    plain, words = gpg(home, *SILENT, *decrypt.split(), data=sealed, seconds=SHORT)
     said = re.findall(r"(?m)^\[GNUPG:\] (\w+)", words)
     signed = re.search(r"(?m)^\[GNUPG:\] VALIDSIG \w+ \S+ (\d+) .* (\w{40})$", words)
     needed = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
@@ -213,7 +222,7 @@ def unseal(home, sealed, own):
         raise Fault(BAD_DATA, f"{signed[2]} signed it over {SIGNED_WITHIN} s from now: set clocks")
     return signed[2], plain
 
-# ---- steganography: data and a cover in, a PNG out, and back; of others' only signed ones --------
+# ---- steganography: data and a cover in, a PNG out, and back; others' once verified --------------
 SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
 ROW, CAPACITY = 3 * SIDE, 3 * SIDE * SIDE // 8  # bytes
 
@@ -258,7 +267,7 @@ def reveal(png):
 # ---- wire: data in, frames that look random out, and back ----------------------------------------
 TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
 HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
-FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it with all headers
+FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it (in a crafted SYN 1196)
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 # Bytes of a packet: IPv4 20, UDP 8, HEAD, position 1, ID; IPv4 and TCP at their longest, FRAME_MAX.
 LEAST, MOST = 75, 1320
@@ -295,7 +304,7 @@ def unframe(key, label, payload, least):
 
 def split(packet, link):
     """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet."""
-    packet = packet.ljust(LEAST)  # header reads end within; longer than what links pad
+    packet = packet.ljust(LEAST)  # header reads end within; what links pad is shorter: no frame
     if packet[0] >> 4 == 4:
         at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
     else:
@@ -320,7 +329,7 @@ def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     upper.sport, upper.dport = own_port, port
     if six:
         return bytes(inet6.IPv6(src=own, dst=to, fl=secrets.randbits(20)) / upper / payload)
-    ip_id = secrets.randbits(16) if flags == "PA" else 0
+    ip_id = 0 if flags in ("", "SA") else secrets.randbits(16)  # 0: of no connected socket
     return bytes(inet.IP(src=own, dst=to, flags="DF", id=ip_id) / upper / payload)
 
 def respond(packet, payload):
@@ -344,7 +353,7 @@ def kernel(family, _own, targets, frames):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends by RST
         sock.setsockopt(socket.IPPROTO_TCP, 34, 1)  # TCP_FASTOPEN_NO_COOKIE in linux/tcp.h
         sock.sendto(payload, socket.MSG_FASTOPEN, target)
-    return sock  # the last: the others end here, their SYN is out
+    return sock  # the last: without a reference, the others are closed; their SYN is out
 
 def udp(family, _own, targets, frames):
     """The frames as datagrams of one ordinary UDP socket: nothing in it is Linux's own."""
@@ -355,7 +364,7 @@ def udp(family, _own, targets, frames):
     return sock
 
 class Crafted:
-    """Every packet made with scapy (CAP_NET_RAW); it has what `converse` uses of a socket. The
+    """Every packet made with scapy (CAP_NET_RAW); it has what is used here of a socket. The
     kernel, which knows nothing of the connection, answers the SYN-ACK with RST: that is ignored."""
 
     def __init__(self, family, own, targets, frames):
@@ -390,7 +399,7 @@ def find_route(host, family, ports):
         raise Fault(NO_ANSWER, f"{host}: {error}: another name, -4 or -6?")
 
 def payloads(sockets, end):
-    """Yield (socket, payload) until the end; a socket whose connection is over is dropped."""
+    """Yield (socket, payload) until the end. Of `sockets`, a dict's keys, goes what is over."""
     while (left := end - monotonic()) > 0:
         for sock in select.select(sockets, [], [], left)[0]:
             with suppress(OSError):  # what the network says without the key is not to be believed
@@ -428,7 +437,7 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
                 _, (done, status, *text) = result
                 return done, status, bytes(text)
             if challenge := unframe(reply_key, b"challenge", payload, 34):
-                nonce, patience = struct.unpack_from(">32sH", challenge[1])
+                c, patience = struct.unpack_from(">32sH", challenge[1])
                 seen = challenge[1][34:].decode(errors="replace")
                 if public and seen != own:
                     raise Fault(RELAYED, f"the server sees {seen}, this machine is {own}: nothing "
@@ -437,7 +446,7 @@ def converse(host, transports, route, key, k, sealed, seconds, step):
                     step(f"the server has unsealed the request, and sees {seen}")
                     challenged, end = True, monotonic() + seconds + min(999, patience)
                 transports = [sockets[sock]]  # the way that works
-                proof = knock_id + keyed(reply_key, b"answer", nonce, 32)
+                proof = knock_id + keyed(reply_key, b"answer", c, 32)
                 with suppress(OSError):
                     sock.send(frame(key, b"knock", bytes([count]) + proof))
     if challenged:
@@ -467,8 +476,8 @@ def cmd_knock(options):
     done, status, text = converse(options.host, options.transport, route, key, k, sealed,
                                   options.timeout, step)
     if not done:
-        raise Fault(status or REFUSED, f"{options.host}: {text.decode(errors='replace')}")
-    if command[0] != "E":
+        raise Fault(status or REFUSED, f"{options.host} says: {text.decode(errors='replace')}")
+    if command[0] != "E":  # whose output is passed on as it is, as by ssh
         words = printable(text.decode(errors="replace"))  # opened tcp/22 for ADDRESS until...
         text = words.replace(" for ", f" on {options.host} for ", 1).encode() + b"\n"
     os.write(1, text)
@@ -484,17 +493,17 @@ MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 GPG_SLOTS = threading.Semaphore(4)  # runs of gpg at once
 
 class Knock:
-    """From first fragment to last result. packet: what to answer; owner: address, till answered."""
+    """From first fragment to last result. packet: to answer; source: its address, till answered."""
 
     def __init__(self):
-        self.pieces, self.packet, self.owner = {}, None, None
+        self.pieces, self.packet, self.source = {}, None, None
         self.frames, self.result = queue.Queue(4), queue.Queue()
 
 class Listener:
     """Gate and reassembly in one thread, and a thread a knock for the dialogue. Bounded memory."""
 
     def __init__(self, sock, channel, settings):
-        self.sock, self.channel, self.settings = sock, channel, settings
+        self.sock, self.channel, self.settings = sock, channel, settings  # Monitor's
         self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
         self.last, self.began = len(self.ports) - 1, time.time() * 1000
         self.seen, self.partial, self.knocks = OrderedDict(), OrderedDict(), {}
@@ -515,7 +524,7 @@ class Listener:
         (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
         if abs(now - sent) > CLOCK_SKEW or sent <= self.began <= now or nonce in self.seen \
                 or packet.own_port != self.ports[min(data[0], self.last)]:
-            return None  # from before it began: perhaps a replay (clock set back since? no telling)
+            return None  # sent before it began: perhaps a replay (a clock set back: no telling)
         self.remember(nonce)
         return data[0], data[1:1 + ID], data[1 + ID:], packet
 
@@ -540,10 +549,10 @@ class Listener:
                 knock.packet = knock.packet or packet
             if len(knock.pieces) == len(self.ports):
                 del self.partial[knock_id]
-                knock.owner = knock.packet.sender[:8]  # until it has answered
-                owners = [other.owner for other in list(self.knocks.values())]
+                knock.source = knock.packet.sender[:8]  # IPv4, or IPv6's /64
+                sources = [other.source for other in list(self.knocks.values())]
                 # One beyond the limits is dropped: its repeat asks again.
-                if len(owners) < KNOCKS_MAX and owners.count(knock.owner) < UNANSWERED_MAX:
+                if len(sources) < KNOCKS_MAX and sources.count(knock.source) < UNANSWERED_MAX:
                     self.knocks[knock_id] = knock
                     threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
 
@@ -571,15 +580,15 @@ class Listener:
                 raise ValueError
         except Exception:  # whatever else was signed: Pillow has many for bad files
             raise Fault(BAD_DATA, f"{signer} signed no request, or for another server or knock")
-        reply_key, nonce = keyed(k, b"reply", sealed, 32), os.urandom(32)
+        reply_key, c = keyed(k, b"reply", sealed, 32), os.urandom(32)
         patience = self.settings["patience"]
-        challenge = nonce + patience.to_bytes(2, "big") + address.encode()
-        answer, end = keyed(reply_key, b"answer", nonce, 32), monotonic() + ANSWER_TIME
+        challenge = c + patience.to_bytes(2, "big") + address.encode()
+        answer, end = keyed(reply_key, b"answer", c, 32), monotonic() + ANSWER_TIME
         piece = b""
         while not hmac.compare_digest(piece, answer):  # the knock, and its repeats
             self.reply(knock.packet, frame(reply_key, b"challenge", challenge))
             piece = knock.frames.get(timeout=max(0, end - monotonic()))
-        knock.owner = None
+        knock.source = None
         self.say([knock_id.hex(), signer, command, knock.packet.sender.hex()])
         result = knock.result.get(timeout=patience + ANSWER_TIME)  # here a margin
         end = monotonic() + REPEAT_TIME
@@ -626,9 +635,9 @@ def cmd_listener(descriptors):
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         listener.say(explained(error)[1])  # and sees the channel close
 
-# ---- monitor: requests in, rules and commands out. RUNS AS ROOT, from here to the set-up ---------
+# ---- monitor: requests in, rules and commands out. RUNS AS ROOT, as init and enroll do -----------
 # BPF (linux/bpf_common.h, filter.h) in hexadecimal: operation, two jumps, value. It passes what may
-# be a frame (LEAST, MOST), to this host alone (not sent by it, nor to others), without a VLAN tag
+# be a frame (LEAST, MOST), to this host's link address (so not sent by it), without a VLAN tag
 # (the VLAN's interface delivers it again). A test of each port follows it.
 FRAMES_ONLY = f"""\
     20 0 0 fffff004  load the packet's type
@@ -649,6 +658,7 @@ FRAMES_ONLY = f"""\
 """
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 COMMANDS_MAX = 16  # at once
+DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 ANY = 255  # as run's `most`: whatever the exit status
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 FOREVER = 2**31 - 1  # the last second iptables' time match takes; as a door's seconds: no end
@@ -657,8 +667,7 @@ RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol}
 FAMILIES = ("iptables -w 5".split(), "192.0.2.1"), ("ip6tables -w 5".split(), "2001:db8::1")
 
 def launch(words, seconds):
-    """Log and start a program; it ends with this process, also by kill -9, and timeout(1) kills it
-    and its group after so many seconds."""
+    """Log and start a program; it ends with this server, or timeout(1) kills it and its group."""
     log("+ " + shlex.join(words))
     limits = f"setpriv --pdeathsig TERM timeout -k 1 -s KILL {seconds}".split()
     process = Popen([*limits, *words], cwd="/", stdin=DEVNULL, stdout=PIPE, stderr=STDOUT,
@@ -701,7 +710,7 @@ class Monitor:
 
     def __init__(self, config):
         self.path = config.path
-        self.doors = {}  # (address, port): its end, the words that close it
+        self.doors = {}  # (address, port): its end, the words that close it, whose it is
         self.families, self.words = FAMILIES, {}  # protocol: words that open, words that close
         self.chain = config.get("iptables_chain", default="tariq")
         for protocol in ("tcp", "udp"):
@@ -720,7 +729,7 @@ class Monitor:
         """Let INPUT lead to the chain: at start, and where a flush or a reload took that away."""
         if run(*program, "-C", "INPUT", "-j", self.chain, most=ANY)[0]:
             run(*program, "-N", self.chain, most=ANY)  # it may be there
-            run(*program, "-I", "INPUT", "-j", self.chain)
+            run(*program, "-I", "INPUT", "-j", self.chain)  # first: before what drops
 
     def door_words(self, ip, port, user="", seconds=0):
         """The words that open a door, and those that close it."""
@@ -730,17 +739,16 @@ class Monitor:
                   "until": time.strftime("%Y-%m-%dT%H:%M:%S", until),
                   "seconds": str(min(seconds, 99_999_999)),  # nft takes no more
                   "version": "6" if ":" in ip else "4", "iptables": FAMILIES[":" in ip][0][0]}
-        return [[re.sub(r"\{(\w+)\}", lambda field: fields.get(field[1], field[0]), word)
-                 for word in words]
+        return [[re.sub(r"\{(\w+)\}", lambda it: fields.get(it[1], it[0]), word) for word in words]
                 for words in self.words[protocol]]
 
     def prepare(self):
         """Link the chain, try the rules in it, empty it; warn where INPUT does not drop."""
         for program, ip in self.families:
             self.link_chain(program)
-            for port in ("9/tcp", "9/udp"):
+            for port in ("9/tcp", "9/udp"):  # twice each: a lock that is held is no refusal
                 if all(run(*self.door_words(ip, port)[0], most=ANY)[0] for _ in range(2)):
-                    log(f"{program[0]} refuses -m time (no xt_time in this kernel?): without it")
+                    log(f"{program[0]} refuses the rule (no xt_time?): all without -m time")
                     for words in self.words["tcp"] + self.words["udp"]:
                         if words[-6:-2] == RULE[-6:-2]:
                             del words[-6:-2]  # -m time --datestop {until}
@@ -749,20 +757,23 @@ class Monitor:
             rules = run(*program, "-S", "INPUT")[1].splitlines()
             if "-P INPUT DROP" not in rules and rules[-1] != "-A INPUT -j DROP":
                 log(f"{program[0]}: INPUT does not drop: nothing is hidden: see README, step 3")
-        if not all("{until}" in opening for opening, _ in self.words.values()):
+        if not all(re.search("{(until|seconds)}", str(words[0])) for words in self.words.values()):
             log("this server ends doors, not the kernel: kill -9 leaves them open")
 
     def close(self, ip, port, user=""):
-        """Close a door, known or (by close_command) of an earlier server. If iptables fails: Fault,
-        and it stays in self.doors. Not so where the rule is gone (1) or a close_command fails."""
-        _, closing = self.doors.get((ip, port)) or self.door_words(ip, port, user)
-        run(*closing, most=1 if self.families else ANY)
+        """Close a door, known or (by close_command) of an earlier server. On a Fault it stays in
+        self.doors. No Fault: the rule is gone (1), or a close_command ran to its end (123 at most:
+        timeout(1)) and failed, as nft's does once the element has expired."""
+        _, closing, *_ = self.doors.get((ip, port)) or self.door_words(ip, port, user)
+        status, text = run(*closing, most=1 if self.families else 123)
+        if status:
+            log(f"{closing[0]}: {text.strip()} ({status})")
         self.doors.pop((ip, port), None)
 
     def stop(self):
         """At the end, whatever it is: no door. By pdeathsig, listener and commands end too."""
         flushing = [(*program, "-F", self.chain) for program, _ in self.families]
-        for words in flushing or [closing for _, closing in self.doors.values()]:
+        for words in flushing or [closing for _, closing, _ in self.doors.values()]:
             try:
                 run(*words)
             except Exception as error:  # whatever it is, the others follow
@@ -781,7 +792,7 @@ class Monitor:
             return log("a malformed message: the listener may be taken over: stop it, look")
         event = f"{ip} {shlex.join(command)}"
         try:
-            config = Config(self.path, root=True)  # afresh: an edit holds from now on
+            config = Config(self.path, root=True)  # afresh: an edit of [allow] holds from now on
             section = config.clients().get(user, "")  # "", no section: may nothing
             user = section.removeprefix("allow ") or user
             if not permitted(config.get("may", [section], []), command):
@@ -803,8 +814,11 @@ class Monitor:
             if action == "C" or (ip, port) in self.doors:  # opened again, it has a new end
                 self.close(ip, port, user)
             if action == "O":
+                his = [door for door, (_, _, owner) in self.doors.items() if owner == user]
+                if len(his) >= DOORS_MAX:
+                    self.close(*his[0])  # the oldest
                 opening, closing = self.door_words(ip, port, user, seconds)
-                self.doors[ip, port] = monotonic() + seconds, closing  # it may open, then fail
+                self.doors[ip, port] = monotonic() + seconds, closing, user  # may open, then fail
                 run(*opening)
         names = re.sub(r"(\d+)/(\w+)", r"\2/\1", ", ".join(ports))
         if action == "C":
@@ -816,7 +830,7 @@ class Monitor:
     def execute(self, knock_id, event, words):
         """Start a permitted command, without a shell; a thread waits for it. It ends with this
         server, unless it makes a session of its own."""
-        if threading.active_count() > COMMANDS_MAX:
+        if threading.active_count() > COMMANDS_MAX:  # one a command, and the main one
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run: knock again")
         process = launch(words, self.settings["patience"])
         def wait():
@@ -840,9 +854,11 @@ class Monitor:
                  for line in f"{listing}06 0 0 0".splitlines()]
         code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
         program = struct.pack("HP", len(steps), ctypes.addressof(code))
-        packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
+        packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # of no protocol yet
         for option, value in ((26, program), (44, 1), (33, RECEIVE_BUFFER)):
             packets.setsockopt(socket.SOL_SOCKET, option, value)  # ATTACH, LOCK_FILTER, RCVBUFFORCE
+        every = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(3), 0)  # ETH_P_ALL, interface
+        ctypes.CDLL(None).bind(packets.fileno(), every, len(every))  # packets come, filtered
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
         descriptors = packets.fileno(), theirs.fileno()
@@ -854,11 +870,11 @@ class Monitor:
     def serve(self, signals):
         """Until a signal ends it. It sleeps until there is a message, a signal, or a door's end."""
         while True:
-            end = min((end for end, _ in self.doors.values()), default=FOREVER)
+            end = min((end for end, *_ in self.doors.values()), default=FOREVER)
             ready = select.select([self.channel, signals], [], [], max(0, end - monotonic()))[0]
             if signals in ready:
                 return
-            for door in [door for door, (end, _) in self.doors.items() if end <= monotonic()]:
+            for door in [door for door, (end, *_) in self.doors.items() if end <= monotonic()]:
                 try:
                     self.close(*door)
                 except Exception as error:
@@ -880,7 +896,7 @@ def need_root():
     os.environ["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def cmd_server(options):
-    """Serve until SIGTERM, SIGINT or SIGHUP; no door is open before or after."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; iptables has no door before or after."""
     need_root()
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -905,7 +921,7 @@ def cmd_server(options):
 PROFILE = "secret_ports", "secret", "server_key"  # of a server's config, which its clients need
 
 def locked_directory(path):
-    """Make a config's directory, lock it until this process ends, and return it."""
+    """Make a config's directory, lock it until this process ends, set the umask, return it."""
     directory = os.path.dirname(path)
     os.makedirs(directory, 0o711, exist_ok=True)  # a keyring's owner passes through
     os.umask(0o077)  # what comes into it is private
@@ -931,7 +947,7 @@ def show_key(home, text):
     """(fingerprint, user id) of the one public key in a text; nothing is imported. Raises Fault."""
     listing = b""
     with suppress(Fault):  # gpg's words on what is no key say less
-        listing, _ = gpg(home, *SILENT, "--with-colons", "--show-keys", data=text)
+        listing, _ = gpg(home, *SILENT, "--with-colons", "--show-keys", data=text, seconds=SHORT)
     listing = listing.decode(errors="replace")
     keys = re.findall(r"(?m)^(pub|sec):.*\nfpr:+(\w{40})", listing)  # GnuPG doc/DETAILS
     users = re.findall(r"(?m)^uid:(?:[^:]*:){8}([^:]*)", listing)
@@ -953,7 +969,7 @@ def cmd_init(options):
     os.makedirs(home, exist_ok=True)
     os.chown(home, owner.pw_uid, owner.pw_gid)
     key = make_key(home, f"tariq@{socket.gethostname()}")
-    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not the service's agent
+    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside the service
     ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
     secret = base64.b64encode(os.urandom(32)).decode()
     write_private(options.config,
@@ -970,15 +986,15 @@ def cmd_keygen(options):
     try:
         listing, _ = gpg(home, "--with-colons", "--list-secret-keys", exactly(options.user))
         key = re.search(rb"(?m)^fpr:+(\w{40})", listing)[1].decode()
-    except Fault:  # there is none
+    except Fault:  # there is none, or gpg fails: then again
         key = make_key(home, options.user)
-    log(f"the key of {options.user} is {key} (knocks: of `user` in {path})")
+    log(f"the key of {options.user} is {key} (knocks use that of `user` in {path})")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
     """Allow the client whose public key is on stdin; print the profile that `join` reads."""
     need_root()
-    allow = "\n".join(" ".join(words) for words in options.allow or [["O 22"]])  # ssh splits each
+    allow = "\n".join(" ".join(words) for words in options.allow or [["O 22"]])  # by ssh, words
     lines = [shlex.join(words) for words in patterns_of(allow)]
     if "#" in allow:
         raise Fault(USAGE, "--allow needs words without #: in a config that begins a comment")
@@ -986,12 +1002,13 @@ def cmd_enroll(options):
     locked_directory(options.config)
     config = Config(options.config, root=True)
     home = config.get("server_gpg_dir")
+    as_owner(home)  # not root's
     profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}  # as text
     (key, user), clients = show_key(home, text), config.clients()
     name = options.name or re.sub(r".*<(.+)>$", r"\1", user)
     if key in clients:
-        log(f"{config.path}: {key} is in [{clients[key]}] already: nothing changed")
-    elif not re.fullmatch(r"\w[\w.@+-]*", name) or config.ini.has_section(f"allow {name}"):
+        log(f"{config.path}: {key} is in [{clients[key]}] already: nothing changed (edit its may)")
+    elif not re.fullmatch(r"(?a)\w[\w.@+-]*", name) or config.ini.has_section(f"allow {name}"):
         raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: give --name")
     else:
         gpg(home, "--import", data=text)
@@ -1000,10 +1017,11 @@ def cmd_enroll(options):
         write_private(config.path, f"{config.text.rstrip()}\n\n{section}")
         log(f"{name} ({key}) may {'; '.join(lines)}")
     profile["public_key"] = gpg(home, "--armor", "--export", profile["server_key"])[0].decode()
-    print(json.dumps(profile))
+    os.write(1, json.dumps(profile).encode() + b"\n")
 
 def cmd_join(options):
     """Take the server's profile on stdin into the client's keyring and config."""
+    parse("host", options.host)
     try:
         profile = json.loads(sys.stdin.buffer.read(INPUT_MAX))
         key, given = profile["public_key"].encode(), {name: profile[name] for name in PROFILE}
@@ -1020,8 +1038,7 @@ def cmd_join(options):
         settings = "".join(f"{name} = {value}\n" for name, value in given.items())
         write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
     elif not given.items() <= config.ini[options.host].items():
-        raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: take it out, "
-                              "then join")
+        raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: cut, then join")
     gpg(home, "--import", data=key)
     log(f"{config.path}: [{options.host}] is known by its key {given['server_key']}")
 
@@ -1052,8 +1069,7 @@ def command_line():
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0, help="no other IP")
     add("-t", "--timeout", type=int, default=10, help="seconds to try (10)")
-    add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
-        help="default: kernel and udp in turn")
+    add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"], help="only this one")
     add("-v", "--verbose", action="store_true", help="show each step")
     add("host")
     add("action", help="O PORT[/tcp|/udp]..., C PORT..., or E COMMAND [ARG...]")

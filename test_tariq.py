@@ -743,10 +743,16 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     ("[allow", "open_tcp_port = -A tariq --dport {dport}\n[allow", "needs -A CHAIN, then words with {ip} and"),
     ("[allow", "open_tcp_port = -A tariq {ip} {dport} 'x\n[allow", "needs -A CHAIN, then words with {ip} and"),
     ("[allow", "command_timeout = 0\n[allow", "1 to 999"), ("[allow", "command_timeout = 1000\n[allow", "1 to 999"),
-    ("[allow", "iptables_chain = INPUT\n[allow", "a chain of its own")])
+    ("[allow", "iptables_chain = INPUT\n[allow", "a chain of its own"),
+    ("[allow", "iptables_chain = ACCEPT\n[allow", "a chain of its own"),  # a target: it would open the machine
+    ("may =", "open_timout = 1\nmay =", "[allow me@laptop] open_timout: needs another name or section"),
+    ("may =", "open_command = x {ip} {dport}\nmay =", "[allow me@laptop] open_command: needs another name"),
+    ("[allow", "open_timout = 1\n[allow", "[server] open_timout: needs another"),
+    ("[server]", "[DEFAULT]\nuser = me\n[server]", "[allow me@laptop] user: needs another")])
 def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path, old, new, words):
-    config = tariq.Config(write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new)))
+    path = write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new))
     with pytest.raises(tariq.Fault) as caught:
+        config = tariq.Config(path)
         for key in ("secret_ports", "secret"):
             config.get(key)
         for key in ("open_tcp_port", "command_timeout", "iptables_chain", "may", "key", "open_timeout"):
@@ -893,7 +899,7 @@ def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count
     assert taken([b"\xc0\0\2\1"] * 40) == 16
     assert taken([bytes(8) + os.urandom(8) for _ in range(40)]) == 16, "one IPv6 /64"
     for knock in listener.knocks.values():
-        knock.owner = None
+        knock.source = None
     assert taken([b"\xc0\0\2\1"] * 40) == 16, "an office behind one NAT"
     assert taken([number.to_bytes(4, "big") for number in range(500)]) == 256 - 48
     for number in range(1000):  # fragments only: the oldest goes
@@ -1290,14 +1296,19 @@ def test_replies_look_like_linuxs_own(box, where, transport):
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 def test_a_crafted_syn_looks_like_linuxs_with_a_fast_open_cookie(box, where):
-    with captured(box.client, outgoing=True) as packets:
-        opens(box, "C", "22", where=where, transport="crafted")
-    syns = [packet.frame[54 if where == "box6" else 34:] for packet in packets if packet.payload and packet.flags == 2]
-    mss = (1440 if where == "box6" else 1460).to_bytes(2, "big")
-    for syn in syns:
-        options = syn[20:(syn[12] >> 4) * 4]
+    six, syns = where == "box6", {}
+    for transport in ("kernel", "crafted"):
+        with captured(box.client, outgoing=True) as packets:
+            opens(box, "C", "22", where=where, transport=transport)
+        syns[transport] = [packet.frame[14:] for packet in packets if packet.payload and packet.flags == 2]
+        ids = {syn[4:6] for syn in syns[transport]}
+        assert six or len(ids - {b"\0\0"}) >= 4, f"{transport}: a connection's packets have a random id"
+    tcps = [syn[40 if six else 20:] for syn in syns["crafted"]]
+    mss = (1440 if six else 1460).to_bytes(2, "big")
+    for tcp in tcps:
+        options = tcp[20:(tcp[12] >> 4) * 4]
         assert options[:14] == b"\2\4" + mss + b"\1\1\4\2\1\3\3\7\x22\x0a" and options[22:] == b"\1\1"
-    assert len({syn[34:42] for syn in syns}) == len(syns) >= 5, "RFC 7413: a cookie is of 8 bytes here, no two alike"
+    assert len({tcp[34:42] for tcp in tcps}) == len(tcps) >= 5, "RFC 7413: a cookie is of 8 bytes here, no two alike"
 
 def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
     """Somebody with the shared secret and no key: knocks that are whole and authentic and carry junk."""
@@ -1470,7 +1481,7 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
             (dict(options=["-u", "who@example.com"]), 65, "gpg, "),
             (dict(options=["-g", "/nonexistent"]), 69, "No such file or directory: '/nonexistent"),
             (dict(options=["--transport", "pigeon"]), 64, "invalid choice"),
-            (dict(conf=box.me.parent / "none.conf"), 69, "none.conf': apt-get install"),
+            (dict(conf=box.me.parent / "none.conf"), 69, "none.conf': Tariq's files come from"),
             (dict(conf=loose), 78, "chmod 600"), (dict(conf=unreadable), 71, "Permission denied"),
             (dict(where="unknown.example.com"), 78, "[unknown.example.com] server_key is missing"),
             (dict(options=["--transport", "crafted"]), 71, "CAP_NET_RAW")):
@@ -1544,6 +1555,15 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
 def enroll(box, key, *options, check=True):
     return box.lab.tariq(box.server, "enroll", "-c", box.conf, *options, input=key, check=check)
 
+def key_with_a_hidden_one(ring, public, hidden):
+    """An armored public key whose names gpg lists in more than 64 KiB, and behind them the secret key of another."""
+    for number in range(16):
+        gpg(ring, "--quick-add-uid", fingerprint(ring, public), str(number) + ":" * 1100)
+    blob = gpg(ring, "--export", public, text=False).stdout
+    blob += gpg(ring, "--export-secret-keys", hidden, text=False).stdout
+    text = base64.encodebytes(blob).decode()
+    return f"-----BEGIN PGP PUBLIC KEY BLOCK-----\n\n{text}-----END PGP PUBLIC KEY BLOCK-----\n"
+
 def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     ring = box.lab.new("impostor")
     ring.mkdir(0o700)
@@ -1565,6 +1585,11 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     assert enroll(box, key, "--name", "other", "--allow", "E echo 'a #b'", check=False).returncode == 64
     noise = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=b"\x99\0\1\t" * 16000, text=False, check=False)
     assert noise.returncode == 65 and b"needs one" in noise.stderr, "gpg has more to say than a pipe holds"
+    for user in ("long@example.com", "later@example.com"):
+        generate(ring, user)
+    long = key_with_a_hidden_one(ring, "long@example.com", "later@example.com")
+    done = enroll(box, long, "--name", "long", check=False)
+    assert done.returncode == 65 and "needs one public key" in done.stderr, "a secret key behind a long listing"
     assert keys() == before and box.conf.read_text() == text, "nothing is imported or written"
     done = enroll(box, key, "--name", "other.one")
     assert "[allow other.one]" in box.conf.read_text() and "secret_ports" in done.stdout
@@ -1574,14 +1599,17 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
 def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
     text, mine = box.me.read_text(), config_values(box.me, "box")["server_key"]
     profile = enroll(box, gpg(box.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
-    def join(given):
-        return box.lab.tariq(box.client, "join", "-c", box.me, "box", user=NOBODY, input=given, check=False)
+    def join(given, host="box"):
+        return box.lab.tariq(box.client, "join", "-c", box.me, host, user=NOBODY, input=given, check=False)
     for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("", "no profile on stdin"),
                          (re.sub('"secret": "[^"]*', f'"secret": "{SECRET}', profile), "has other values"),
                          (profile[:100], "no profile"),
                          (profile.replace('"secret_ports": "', '"secret_ports": "1,'), "has other values")):
         done = join(given)
         assert done.returncode == 65 and words in done.stderr and box.me.read_text() == text, (words, done)
+    for host in ("", "a b", "x]", "two\nlines", "DEFAULT", "#"):
+        done = join(profile, host)
+        assert done.returncode == 64 and "needs a name or an address" in done.stderr, host
     assert join(profile).returncode == 0 and box.me.read_text() == text
 
 def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the_client(box):
@@ -1592,8 +1620,15 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
     conf = second_client(box, "planted")
     profile = {**config_values(conf, "box"), "server_key": key.lower(),
                "public_key": gpg(ring, "--armor", "--export", key).stdout}
-    box.lab.tariq(box.client, "join", "-c", conf, "hostile", user=NOBODY, input=json.dumps(profile))
-    for user in ("planted@example.com", "later@example.com"):
+    def join(profile):
+        words = json.dumps(profile)
+        return box.lab.tariq(box.client, "join", "-c", conf, "hostile", user=NOBODY, input=words, check=False)
+    generate(ring, "secretly@example.com")
+    hidden = key_with_a_hidden_one(ring, "server@example.com", "secretly@example.com")
+    done = join({**profile, "public_key": hidden})
+    assert done.returncode == 65 and "needs one public key" in done.stderr, "a secret key behind a long listing"
+    assert join(profile).returncode == 0
+    for user in ("planted@example.com", "later@example.com", "secretly@example.com"):
         done = box.lab.tariq(box.client, "keygen", "-c", conf, user, user=NOBODY)
         shown = gpg(ring, "--with-colons", "--show-keys", input=done.stdout).stdout
         assert shown.count("\npub:") + shown.startswith("pub:") == 1 and key not in shown
@@ -1697,6 +1732,27 @@ def test_an_open_command_that_leaves_a_daemon_holds_nobody_up(idle):
         for pid in left:
             os.kill(int(pid), signal.SIGKILL)
         assert left
+
+def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
+    closing = write(idle.lab.new("closing"), "#!/bin/sh\necho no such element; exit 1\n", mode=0o755)
+    with serving(idle, open_command="true {ip} {dport} {seconds}", close_command=f"{closing} {{ip}} {{dport}}",
+                 open_timeout=3) as server:
+        assert "this server ends doors" not in server.log, "{seconds} are the firewall's"
+        opens(idle), opens(idle, "C", "22")
+        assert "no such element (1)" in server.log and "is not closed" not in server.log
+        opens(idle)
+        closing.rename(closing.with_name("gone"))
+        fails(idle, SYSTEM, "No such file", "C", "22")
+        server.wait_log("22/tcp is not closed: ", 2)
+        closing.with_name("gone").rename(closing)
+        server.wait_log("no such element (1)", 2)
+
+def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(idle):
+    other = second_client(idle, "thrifty", allow=("O 44",))
+    with serving(idle, program=idle.lab.program("tariq.DOORS_MAX = 3")):
+        opens(idle, "O", "44", conf=other)
+        opens(idle, "O", "22", "23", "24"), opens(idle, "O", "22"), opens(idle, "O", "25")
+        assert sorted(re.findall(r"--dport (\d+)", " ".join(idle.server.rules()))) == ["22", "24", "25", "44"]
 
 def test_every_change_to_the_machine_is_logged_before_it_runs(box):
     opens(box), opens(box, "E", "echo", "a b")
@@ -1820,12 +1876,16 @@ def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_pa
 
 def test_nothing_of_scapy_pillow_libpcap_or_gpg_runs_or_is_mapped_as_root(idle):
     trace = idle.lab.new("trace")
-    calls = "trace=execve,openat,setresuid,clone,clone3,fork,vfork"
+    calls = "trace=execve,openat,setresuid,clone,clone3,fork,vfork,socket,setsockopt,bind"
     with serving(idle, ("strace", "-D", "-f", "-q", "-y", "-e", calls, "-o", trace)) as server:
         opens(idle), opens(idle, "E", "echo", "x"), opens(idle, "C", "22")
         monitor = server.process.pid
         assert not re.search("scapy|PIL|libpcap|libgcrypt", proc(monitor, "maps")) and rss(monitor) <= 24
     text = traced(trace, monitor)
+    opened, *_ = re.findall(rf"(?ms)^{monitor} +(socket\(AF_PACKET.*)", text)
+    assert opened.startswith("socket(AF_PACKET, SOCK_DGRAM|SOCK_CLOEXEC, htons(0 ")
+    assert re.search("SO_ATTACH_FILTER.*SO_LOCK_FILTER.*?bind[^\n]*sll_protocol=htons\\(ETH_P_ALL", opened, re.S), \
+        "no packet comes before the filter is locked"
     forks = re.findall(r"(?m)^(\d+) +(?:<\.\.\. )?(?:clone3?|v?fork)\b.* = (\d+)$", text)
     parents = {child: parent for parent, child in forks}
     changed = set(re.findall(r"(?m)^(\d+) +setresuid\([1-9]", text))
@@ -1993,9 +2053,9 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
     for waits in intervals:
         assert 5 <= len(waits) <= 20, waits
         assert sum(waits[-2:]) > 1.2 * sum(waits[:2]), f"the waits do not grow: {waits}"
-    for turn in range(3):  # without jitter, they differ by what the scheduler does: a few milliseconds
-        waits = [waits[turn] for waits in intervals]
-        assert max(waits) - min(waits) > 0.015, f"the waits are not jittered: {waits}"
+    # The four first waits (or second, or third) would differ by what the scheduler does, a few milliseconds.
+    turns = list(zip(*intervals))[:3]
+    assert any(max(waits) - min(waits) > 0.015 for waits in turns), f"the waits are not jittered: {turns}"
 
 # ---- replays ---------------------------------------------------------------------------------------------------------
 
@@ -2383,7 +2443,7 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     extension = sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.strip()
     prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
     with serving(idle, prefix, open_timeout=2) as server:
-        assert "refuses -m time" in server.log and "this server ends doors" in server.log
+        assert "refuses the rule (no xt_time?)" in server.log and "this server ends doors" in server.log
         deadline = deadline_of(opens(idle))
         assert "--datestop" not in idle.server.rules()[0] and idle.client.connects(idle.server.ip)
         wait_for(lambda: not idle.server.rules(), "the door stays", 5)
@@ -2623,8 +2683,10 @@ END""")
     assert laptop.knock("O", "23", check=False).returncode == REFUSED
     assert server.stop() == 0
     remote.shell(f"sudo chown -R root: {home}")
-    done = remote.run("tariq.py", "server", check=False)
-    assert done.returncode == DIED and "chown -R tariq" in done.stderr
+    key = laptop.shell("tariq.py keygen me@laptop").stdout
+    for command in ("server", "enroll"):  # nothing in it commands root's gpg
+        done = remote.run("tariq.py", command, check=False, input=key)
+        assert done.returncode == 78 and f"{home} needs an unprivileged owner: chown -R tariq" in done.stderr
 
 def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, remote, laptop):
     other = Machine(site, "other")
@@ -2741,7 +2803,7 @@ def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(lock
     code, said = knock_on_a_terminal(locked, b"wrong\r")
     assert code == 65 and b"gpg, " in said, said
     done = locked.knock("O", "22", check=False, start_new_session=True)
-    assert done.returncode == 65 and "a passphrase? That needs a terminal, and pinentry-curses" in done.stderr
+    assert done.returncode == 65 and "(if for a passphrase: it needs a terminal, pinentry-curses)" in done.stderr
     assert done.stderr.count("\n") == 1
 
 # ---- the service -----------------------------------------------------------------------------------------------------
