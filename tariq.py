@@ -34,7 +34,7 @@ from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 
-# Exit codes, sysexits.h's: commands rarely use these, and a knock E COMMAND exits with its one's.
+# Exit codes: those of sysexits.h. E exits with its command's, which is rarely one of them.
 USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER = 64, 65, 69, 70, 71, 75
 RELAYED, REFUSED, CONFIG = 76, 77, 78
 EXIT_CODES = """exit codes: 0 done; E: the command's (137: killed at its limit); 64 usage; 65 image,
@@ -106,7 +106,8 @@ SYNTAX = {
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
     "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,27}", "a chain of its own, not in capitals", str),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
-    "host": (r"(?!DEFAULT$)[\w.:%-]+", "a name or an address", str), "server_gpg_dir": LINE,
+    "host": (r"(?!DEFAULT$)[\w.:%-]+", "an ASCII name or address as HOST", str),
+    "server_gpg_dir": LINE,
 }
 IN_ALLOW = "key", "may", "open_timeout"  # the keys of a section [allow NAME]
 
@@ -136,8 +137,8 @@ class Config:
             raise Fault(CONFIG, f"{path}: chmod 600 it; if root's commands obey it, chown root it")
         for name, section in self.ini.items():
             known = IN_ALLOW if name.startswith("allow ") else SYNTAX
-            if unknown := [key for key in section if key not in known]:  # a misspelt limit?
-                raise Fault(CONFIG, f"{path}: [{name}] {unknown[0]}: needs another name or section")
+            if unknown := [key for key in section if key not in known]:  # cut: perhaps a secret
+                raise Fault(CONFIG, f"{path}: [{name}] {unknown[0]:.16}: needs another name")
 
     def get(self, key, sections=("server",), default=None):
         """The first value that one of the sections has for a key, parsed."""
@@ -165,7 +166,7 @@ GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-r
        "--trust-model always --status-fd 2").split()  # whom to trust, [allow] says
 SILENT = "--logger-file", "/dev/null"  # gpg's words on data of others, which may quote them
 INPUT_MAX = 65_536  # bytes that are read of standard input
-SHORT = 1  # second for data of others: 15 ms are usual, and nested compression would take 10 s
+UNSEAL_TIME = 1  # second: 15 ms are usual, and nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 TROUBLE = re.compile(r"(?m)^\[GNUPG:\] ((?:NO_|NODATA|BAD|ERR|EXP|REV|FAIL)\w*|\w+_FAILED)")
@@ -212,7 +213,7 @@ def unseal(home, sealed, own):
     """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
     PLAIN_MAX bytes). Takes only what status lines prove (GnuPG doc/DETAILS). Raises Fault."""
     decrypt = f"--pinentry-mode cancel --max-output {PLAIN_MAX} --try-secret-key {own} --decrypt"
-    plain, words = gpg(home, *SILENT, *decrypt.split(), data=sealed, seconds=SHORT)
+    plain, words = gpg(home, *SILENT, *decrypt.split(), data=sealed, seconds=UNSEAL_TIME)
     said = re.findall(r"(?m)^\[GNUPG:\] (\w+)", words)
     signed = re.search(r"(?m)^\[GNUPG:\] VALIDSIG \w+ \S+ (\d+) .* (\w{40})$", words)
     needed = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
@@ -666,12 +667,11 @@ RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol}
         "-m time --datestop {until} -j ACCEPT").split()  # below, addresses to try it with
 FAMILIES = ("iptables -w 5".split(), "192.0.2.1"), ("ip6tables -w 5".split(), "2001:db8::1")
 
-def launch(words, seconds):
-    """Log and start a program; it ends with this server, or timeout(1) kills it and its group."""
+def launch(words, seconds, before=()):
+    """Log and start a program, by the words `before`; timeout(1) kills it and its group."""
     log("+ " + shlex.join(words))
-    limits = f"setpriv --pdeathsig TERM timeout -k 1 -s KILL {seconds}".split()
-    process = Popen([*limits, *words], cwd="/", stdin=DEVNULL, stdout=PIPE, stderr=STDOUT,
-                    start_new_session=True)
+    process = Popen([*before, *f"timeout -k 1 -s KILL {seconds}".split(), *words], cwd="/",
+                    stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)
     with suppress(OSError):
         fcntl.fcntl(process.stdout, 1031, OUTPUT_ROOM)  # F_SETPIPE_SZ
     os.set_blocking(process.stdout.fileno(), False)  # a daemon it leaves may hold the pipe open
@@ -767,7 +767,7 @@ class Monitor:
         _, closing, *_ = self.doors.get((ip, port)) or self.door_words(ip, port, user)
         status, text = run(*closing, most=1 if self.families else 123)
         if status:
-            log(f"{closing[0]}: {text.strip()} ({status})")
+            log(f"{closing[0]}: {text.strip()[:300]} ({status})")
         self.doors.pop((ip, port), None)
 
     def stop(self):
@@ -828,11 +828,10 @@ class Monitor:
         return f"opened {names} for {ip} until {'closed' if seconds == FOREVER else stamp}"
 
     def execute(self, knock_id, event, words):
-        """Start a permitted command, without a shell; a thread waits for it. It ends with this
-        server, unless it makes a session of its own."""
+        """Start a permitted command, which ends with this server (but in a session of its own)."""
         if threading.active_count() > COMMANDS_MAX:  # one a command, and the main one
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run: knock again")
-        process = launch(words, self.settings["patience"])
+        process = launch(words, self.settings["patience"], "setpriv --pdeathsig TERM".split())
         def wait():
             status, output = finished(process)
             self.finish(knock_id, f"{event}: exit status {status}", True, status, output)
@@ -874,12 +873,13 @@ class Monitor:
             ready = select.select([self.channel, signals], [], [], max(0, end - monotonic()))[0]
             if signals in ready:
                 return
-            for door in [door for door, (end, *_) in self.doors.items() if end <= monotonic()]:
+            for door, (end, *rest) in list(self.doors.items()):
                 try:
-                    self.close(*door)
+                    if end <= monotonic():
+                        self.close(*door)
                 except Exception as error:
                     log(f"{' '.join(door)} is not closed: {explained(error)[1]}: trying again")
-                    time.sleep(1)
+                    self.doors[door] = monotonic() + 1, *rest
             if self.channel in ready:
                 message = b""
                 with suppress(ConnectionError):
@@ -947,7 +947,7 @@ def show_key(home, text):
     """(fingerprint, user id) of the one public key in a text; nothing is imported. Raises Fault."""
     listing = b""
     with suppress(Fault):  # gpg's words on what is no key say less
-        listing, _ = gpg(home, *SILENT, "--with-colons", "--show-keys", data=text, seconds=SHORT)
+        listing, _ = gpg(home, *SILENT, "--with-colons", "--show-keys", data=text, seconds=9)
     listing = listing.decode(errors="replace")
     keys = re.findall(r"(?m)^(pub|sec):.*\nfpr:+(\w{40})", listing)  # GnuPG doc/DETAILS
     users = re.findall(r"(?m)^uid:(?:[^:]*:){8}([^:]*)", listing)
