@@ -731,10 +731,10 @@ class Monitor:
             run(*program, "-N", self.chain, most=ANY)  # it may be there
             run(*program, "-I", "INPUT", "-j", self.chain)  # first: before what drops
 
-    def door_words(self, ip, port, user="", seconds=0):
+    def door_words(self, ip, port, user="", seconds=0, end=0):
         """The words that open a door, and those that close it."""
         number, protocol = port.split("/")
-        until = time.gmtime(min(FOREVER, time.time() + seconds))
+        until = time.gmtime(min(FOREVER, end))
         fields = {"ip": ip, "dport": number, "protocol": protocol, "user": user,
                   "until": time.strftime("%Y-%m-%dT%H:%M:%S", until),
                   "seconds": str(min(seconds, 99_999_999)),  # nft takes no more
@@ -808,6 +808,7 @@ class Monitor:
     def move_doors(self, command, ip, user, seconds):
         """O or C -> what was done, in words. Raises Fault."""
         action, *ports = command
+        end = time.time() + seconds
         if action == "O" and self.families:
             self.link_chain(FAMILIES[":" in ip][0])
         for port in ports:
@@ -817,14 +818,13 @@ class Monitor:
                 his = [door for door, (_, _, owner) in self.doors.items() if owner == user]
                 if len(his) >= DOORS_MAX:
                     self.close(*his[0])  # the oldest
-                opening, closing = self.door_words(ip, port, user, seconds)
+                opening, closing = self.door_words(ip, port, user, seconds, end)
                 self.doors[ip, port] = monotonic() + seconds, closing, user  # may open, then fail
                 run(*opening)
         names = re.sub(r"(\d+)/(\w+)", r"\2/\1", ", ".join(ports))
         if action == "C":
             return f"closed {names} for {ip}"
-        end = time.gmtime(time.time() + seconds)
-        stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", end)
+        stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", time.gmtime(end))
         return f"opened {names} for {ip} until {'closed' if seconds == FOREVER else stamp}"
 
     def execute(self, knock_id, event, words):

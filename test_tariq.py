@@ -2161,10 +2161,11 @@ case $(cat "{flag}") in
 {name}-dies) kill -KILL $$;;
 {name}-junk) head -c 3000 /dev/urandom | tee /dev/stderr; exit 0;;
 {name}-lies) printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >&2; exit 0;;
+{name}-slow) sleep 1.2;;
 {name}-fails) echo "{name}: a fault made by the tests" >&2; exit 4;;
 {name}-is-busy-once) case "$*" in *--datestop*) echo none > "{flag}"; exit 4;; esac;;
 esac
-exec {real} "$@"
+XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
 """
     # iptables: the first place where the monitor looks for programs; gpg: where the listener finds it
     COVER = 'mount --bind "$0" /usr/local/sbin && mount --bind "$0/gpg" /usr/bin/gpg && exec "$@"'
@@ -2259,6 +2260,13 @@ def test_a_start_while_iptables_is_busy_keeps_the_kernels_time_limit(idle):
         assert "--datestop" in idle.server.rules()[0] and "refuses" not in server.log
         assert fakes.flag.read_text() == "none\n", "it was not busy"
 
+def test_the_end_that_a_client_is_told_is_the_rules_own(idle):
+    fakes = Fakes(idle.lab)
+    with serving(idle, fakes.prefix):
+        fakes.fault("iptables-slow")
+        said = opens(idle)
+        assert f"{re.search(r'--datestop [0-9-]+T([0-9:]+)', idle.server.rules()[0])[1]}Z" in said
+
 def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_can_again(idle):
     """Every process that it starts fails while a file is there: out of memory or tasks."""
     flag = idle.lab.new("no-fork")
@@ -2289,8 +2297,8 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
     def ports():
         return sorted(re.findall(r"(?m)^-A.* --dport (\d+)", idle.server.run("iptables-legacy", "-S", "tariq").stdout))
     try:
-        with serving(idle, Fakes(idle.lab, "-legacy").prefix), open("/run/xtables.lock", "a") as lock, \
-                ThreadPoolExecutor() as pool:
+        fakes = Fakes(idle.lab, "-legacy")
+        with serving(idle, fakes.prefix), open(f"{fakes.flag}.lock", "a") as lock, ThreadPoolExecutor() as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)
             waits = pool.submit(opens, idle)
             time.sleep(1.5)
