@@ -668,7 +668,7 @@ RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol}
 FAMILIES = ("iptables -w 5".split(), "192.0.2.1"), ("ip6tables -w 5".split(), "2001:db8::1")
 
 def launch(words, seconds, before=()):
-    """Log and start a program, by the words `before`; timeout(1) kills it and its group."""
+    """Log and start a program, by `before`; after `seconds` timeout(1) kills it and its group."""
     log("+ " + shlex.join(words))
     process = Popen([*before, *f"timeout -k 1 -s KILL {seconds}".split(), *words], cwd="/",
                     stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)
@@ -731,10 +731,10 @@ class Monitor:
             run(*program, "-N", self.chain, most=ANY)  # it may be there
             run(*program, "-I", "INPUT", "-j", self.chain)  # first: before what drops
 
-    def door_words(self, ip, port, user="", seconds=0, end=0):
+    def door_words(self, ip, port, user="", seconds=0, until=0):
         """The words that open a door, and those that close it."""
         number, protocol = port.split("/")
-        until = time.gmtime(min(FOREVER, end))
+        until = time.gmtime(min(FOREVER, until))
         fields = {"ip": ip, "dport": number, "protocol": protocol, "user": user,
                   "until": time.strftime("%Y-%m-%dT%H:%M:%S", until),
                   "seconds": str(min(seconds, 99_999_999)),  # nft takes no more
@@ -808,7 +808,7 @@ class Monitor:
     def move_doors(self, command, ip, user, seconds):
         """O or C -> what was done, in words. Raises Fault."""
         action, *ports = command
-        end = time.time() + seconds
+        until = time.time() + seconds  # of the wall clock; self.doors has the monotonic one's
         if action == "O" and self.families:
             self.link_chain(FAMILIES[":" in ip][0])
         for port in ports:
@@ -818,13 +818,13 @@ class Monitor:
                 his = [door for door, (_, _, owner) in self.doors.items() if owner == user]
                 if len(his) >= DOORS_MAX:
                     self.close(*his[0])  # the oldest
-                opening, closing = self.door_words(ip, port, user, seconds, end)
+                opening, closing = self.door_words(ip, port, user, seconds, until)
                 self.doors[ip, port] = monotonic() + seconds, closing, user  # may open, then fail
                 run(*opening)
         names = re.sub(r"(\d+)/(\w+)", r"\2/\1", ", ".join(ports))
         if action == "C":
             return f"closed {names} for {ip}"
-        stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", time.gmtime(end))
+        stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", time.gmtime(until))
         return f"opened {names} for {ip} until {'closed' if seconds == FOREVER else stamp}"
 
     def execute(self, knock_id, event, words):
@@ -856,7 +856,7 @@ class Monitor:
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # of no protocol yet
         for option, value in ((26, program), (44, 1), (33, RECEIVE_BUFFER)):
             packets.setsockopt(socket.SOL_SOCKET, option, value)  # ATTACH, LOCK_FILTER, RCVBUFFORCE
-        every = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(3), 0)  # ETH_P_ALL, interface
+        every = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(3), 0)  # ETH_P_ALL; 0: all
         ctypes.CDLL(None).bind(packets.fileno(), every, len(every))  # packets come, filtered
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -1002,7 +1002,7 @@ def cmd_enroll(options):
     locked_directory(options.config)
     config = Config(options.config, root=True)
     home = config.get("server_gpg_dir")
-    as_owner(home)  # not root's
+    as_owner(home)  # raises Fault where it is root's
     profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}  # as text
     (key, user), clients = show_key(home, text), config.clients()
     name = options.name or re.sub(r".*<(.+)>$", r"\1", user)

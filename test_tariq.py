@@ -1558,8 +1558,9 @@ def enroll(box, key, *options, check=True):
 
 def key_with_a_hidden_one(ring, public, hidden):
     """An armored public key whose names gpg lists in more than 64 KiB, and behind them the secret key of another."""
+    key = fingerprint(ring, public)
     for number in range(16):
-        gpg(ring, "--quick-add-uid", fingerprint(ring, public), str(number) + ":" * 1100)
+        gpg(ring, "--quick-add-uid", key, str(number) + ":" * 1100)
     blob = gpg(ring, "--export", public, text=False).stdout
     blob += gpg(ring, "--export-secret-keys", hidden, text=False).stdout
     text = base64.encodebytes(blob).decode()
