@@ -2651,6 +2651,15 @@ def blocks(heading, language="sh"):
     section = re.split(rf"(?m)^#+ {re.escape(heading)}$", README)[1]
     return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", re.split(r"\n\n#+ ", section)[0])
 
+SUDO = """#!/bin/bash
+# Where the machine has none: sudo [-u USER] [NAME=VALUE...] COMMAND..., or sudoedit FILE.
+user=root
+[ "$1" != -u ] || { user=$2; shift 2; }
+[ "${0##*/}" != sudoedit ] || set -- "$SUDO_EDITOR" "$@"
+path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+exec setpriv-root --reuid=$user --regid=$user --init-groups env -i HOME=/root PATH=$path "$@"
+"""
+
 class Machine(Host):
     """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who may sudo."""
 
@@ -2662,6 +2671,7 @@ class Machine(Host):
         site.plug(self, "eth0", f"{self.ip}/24", f"{self.ip6}/64")
         self.run("ip", "route", "add", "default", "via", "198.51.100.1")
         own, key = site.dir / name, site.dir / "id_ed25519"
+        sudo = write(site.dir / "sudo", SUDO, mode=0o755)
         if not key.exists():
             sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         names = "".join(f"198.51.100.{number} {host} {host}.example.com\\n" for host, number in NAMES.items())
@@ -2674,7 +2684,11 @@ class Machine(Host):
             for path in /home /root /run; do mount -t tmpfs -o mode=755 tmpfs $path; done
             mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}; printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
             sed -Ei '/^(tariq|me):/d' /etc/passwd /etc/shadow /etc/group /etc/gshadow
-            useradd --create-home --shell /bin/bash me; echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me
+            useradd --create-home --shell /bin/bash me
+            if command -v sudo; then echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me; else
+                install -m 4755 $(command -v setpriv) /usr/local/bin/setpriv-root
+                install {sudo} /usr/local/bin/sudo; ln -s sudo /usr/local/bin/sudoedit
+            fi >/dev/null
             cp {shutil.copy(TARIQ, f"{own}.py")} /home/me/tariq.py; cp {site.dir}/tariq.conf.example /home/me/
             for home in /root /home/me; do  # each may log in everywhere
                 mkdir -m 700 $home/.ssh; cp {key} $home/.ssh/id_ed25519; cp {key}.pub $home/.ssh/authorized_keys
