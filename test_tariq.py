@@ -699,7 +699,7 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
     from PIL import Image
     path, files = tmp_path / "cover.png", [b"no PNG", b""]
     for directory in (tmp_path / "missing", tmp_path):
-        with pytest.raises(tariq.Fault, match="needs PNG images"):
+        with pytest.raises(tariq.Fault, match=f"{directory}.*PNG|PNG.*{directory}"):
             tariq.cover_image(str(directory))
     for mode, size in itertools.product(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), ((1, 2), (36, 36), (640, 480))):
         Image.new(mode, size, int(mode == "P")).save(path, **({"transparency": 0} if mode == "P" else {}))
@@ -713,7 +713,7 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
         files.append(made.getvalue())
     for data in (*files[:-1], files[-1][:80]):
         path.write_bytes(data)
-        with pytest.raises(tariq.Fault, match="cover.png: needs PNG images"):
+        with pytest.raises(tariq.Fault, match="cover.png cannot be read"):
             tariq.cover_image(str(tmp_path))
 
 def test_requests_are_checked_word_by_word():
@@ -747,6 +747,8 @@ def test_policy_permits_what_a_pattern_says_and_nothing_else(may, good, bad):
 CONFIG = """[server]
 secret_ports = 10000,7456,22022,12121,10001
 secret = {secret}
+server_gpg_dir = /ring
+server_key = {key}
 [allow me@laptop]
 key = {key}
 may =
@@ -771,51 +773,70 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     for key, section in found:
         config.get(key, [section], "")
     assert len(config.clients) == 1
-    used = set(re.findall(r'\.get\(f?"([a-z_{}]+)"', TARIQ.read_text()))
-    assert {key for key, _ in found} == used - {"open_{protocol}_port"} | {"open_tcp_port", "open_udp_port", "key"}
+    used = set(re.findall(r'\.get\(f?"([a-z_{}]+)"', TARIQ.read_text())) - {"server", "open_{protocol}_port"}
+    assert {key for key, _ in found} == used | {"open_tcp_port", "open_udp_port"} == set(tariq.SYNTAX)
 
-@pytest.mark.parametrize("old, new, words", [
-    (PORTS_LINE, "secret_ports = 1,2,3,4", "[server] secret_ports: needs"),
-    (PORTS_LINE, "secret_ports = 1,2,3,4,4", "needs 5"), (PORTS_LINE, "secret_ports = 1,2,3,4,65536", "needs 5"),
-    (PORTS_LINE, "secret_ports = 1,2,3,4,x", "needs 5"), (PORTS_LINE, "", "[server] secret_ports is missing"),
-    ("{secret}", "c2VjcmV0", "[server] secret: needs 32"), ("{secret}", "!" * 44, "[server] secret: needs 32"),
-    ("{secret}", "", "[server] secret is missing"), ("    O 22", "    O 99999", "[allow me@laptop] may: needs"),
-    ("    O 22", "    X 22", "may: needs"), ("    O 22", '    E "unbalanced', "may: needs"),
-    ("{key}", "0123", "[allow me@laptop] key: needs a key's fingerprint"),
-    ("may =", "open_timeout = soon\nmay =", "[allow me@laptop] open_timeout: needs a whole number"),
-    ("[allow", "open_tcp_port = -A tariq -s {ip} -j ACCEPT\n[allow", "needs -A CHAIN, then words with {ip} and"),
-    ("[allow", "open_tcp_port = -s {ip} -p tcp --dport {dport} -j ACCEPT\n[allow", "open_tcp_port: needs -A CHAIN"),
-    ("[allow", "open_tcp_port = -A tariq --dport {dport}\n[allow", "needs -A CHAIN, then words with {ip} and"),
-    ("[allow", "open_tcp_port = -A tariq {ip} {dport} 'x\n[allow", "needs -A CHAIN, then words with {ip} and"),
-    ("[allow", "command_timeout = 0\n[allow", "1 to 999"), ("[allow", "command_timeout = 1000\n[allow", "1 to 999"),
-    ("[allow", "iptables_chain = INPUT\n[allow", "a chain of its own"),
-    ("[allow", "iptables_chain = ACCEPT\n[allow", "a chain of its own"),  # a target: it would open the machine
-    ("may =", "open_timout = 1\nmay =", "[allow me@laptop] open_timout: needs another name"),
-    ("may =", "open_command = x {ip} {dport}\nmay =", "[allow me@laptop] open_command: needs another name"),
-    ("[allow", "open_timout = 1\n[allow", "[server] open_timout: needs another"),
-    ("secret = {secret}", "secret =\n{secret}", "[server] c2vjcmv0ihnly3jl: needs another"),  # 16 of 44 at most
-    ("[server]", "[DEFAULT]\nuser = me\n[server]", "[allow me@laptop] user: needs another")])
-def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path, old, new, words):
+@pytest.mark.parametrize("old, new, section, words", [
+    (PORTS_LINE, "secret_ports = 1,2,3,4", "server", "secret_ports has to be 5 to 32"),
+    (PORTS_LINE, "secret_ports = 1,2,3,4,4", "server", "different ports"),
+    (PORTS_LINE, "secret_ports = 1,2,3,4,65536", "server", "secret_ports"),
+    (PORTS_LINE, "secret_ports = 1,2,3,4,x", "server", "secret_ports"),
+    (PORTS_LINE, "", "server", "secret_ports is missing"), ("{secret}", "", "server", "secret is missing"),
+    ("{secret}", "c2VjcmV0", "server", "secret has to be 32"), ("{secret}", "!" * 44, "server", "secret has to be 32"),
+    ("server_key = {key}", "", "server", "server_key is missing"),
+    ("server_gpg_dir = /ring", "", "server", "server_gpg_dir is missing"),
+    ("[allow", "open_tcp_port = -A tariq -s {ip} -j ACCEPT\n[allow", "server", "open_tcp_port has to be a rule"),
+    ("[allow", "open_tcp_port = -s {ip} -p tcp --dport {dport} -j ACCEPT\n[allow", "server", "-A CHAIN"),
+    ("[allow", "open_udp_port = -A tariq --dport {dport}\n[allow", "server", "open_udp_port has to be a rule"),
+    ("[allow", "open_tcp_port = -A tariq {ip} {dport} 'x\n[allow", "server", "open_tcp_port has to be a rule"),
+    ("[allow", "command_timeout = 0\n[allow", "server", "1 to 999"),
+    ("[allow", "command_timeout = 1000\n[allow", "server", "1 to 999"),
+    ("[allow", "iptables_chain = INPUT\n[allow", "server", "a chain of its own"),
+    ("[allow", "iptables_chain = ACCEPT\n[allow", "server", "a chain of its own"),  # a target: it would open all
+    ("[allow", "open_timout = 1\n[allow", "server", "open_timout is no key"),
+    ("secret = {secret}", "secret =\n{secret}", "server", "c2vjcmv0ihnly3jl is no key"),  # 16 of its 44 at most
+    ("    O 22", "    O 99999", "allow me@laptop", "may has to be lines of O PORT"),
+    ("    O 22", "    X 22", "allow me@laptop", "may"), ("    O 22", '    E "unbalanced', "allow me@laptop", "may"),
+    ("[allow me@laptop]\nkey = {key}", "[allow me@laptop]\nkey = 0123", "allow me@laptop", "a key's fingerprint"),
+    ("[allow me@laptop]\nkey = {key}", "[allow me@laptop]", "allow me@laptop", "key is missing"),
+    ("may =", "open_timeout = soon\nmay =", "allow me@laptop", "open_timeout has to be a whole number"),
+    ("may =", "open_timout = 1\nmay =", "allow me@laptop", "open_timout is no key"),
+    ("may =", "open_command = x {ip} {dport}\nmay =", "allow me@laptop", "open_command is no key"),
+    ("[server]", "[DEFAULT]\nuser = me\n[server]", "DEFAULT", "user is no key")])
+def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path, old, new, section, words):
+    assert CONFIG.count(old) == 1
     path = write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new))
+    config = tariq.Config(path)
+    assert list(config.faults) == [section], "the others hold"
+    config.require(*({"server", "allow me@laptop"} - {section}))
     with pytest.raises(tariq.Fault) as caught:
-        config = tariq.Config(path)
-        for key in ("secret_ports", "secret"):
-            config.get(key)
-        for key in ("open_tcp_port", "command_timeout", "iptables_chain", "may", "key", "open_timeout"):
-            config.get(key, ["server", "allow me@laptop"], 1)
-    said = str(caught.value)
-    assert words in said and str(tmp_path / "tariq.conf") in said and caught.value.args[0] == 78
+        config.require(section)
+    assert caught.value.code == 78 and str(caught.value) == config.faults[section][0]
+    said = "\n".join(config.faults[section])
+    assert f"{path}: [{section}] " in said and words in said
     assert SECRET not in said and "1,2,3,4" not in said
+
+def test_every_fault_of_a_config_is_found_at_once(tmp_path):
+    faulty = CONFIG.replace("{secret}", "x").replace(PORTS_LINE, "").replace("    O 22", "    O 99999")
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", f"{faulty}[allow two]\nkey = 0123\nmay = X\n"))
+    assert {section: len(lines) for section, lines in config.faults.items()} == {
+        "server": 2, "allow me@laptop": 1, "allow two": 2}
 
 def test_a_file_that_is_no_ini_or_names_a_key_twice_is_refused_without_a_word_of_it(tmp_path):
     path = tmp_path / "tariq.conf"
     for text in ("no section", f"[server]\nno value\n{SECRET}", "[a]\nx = 1\nx = 2\n", "[a]\n[a]\n", "\xff\xfe"):
         write(path, "", os.geteuid()).write_bytes(text.encode("latin-1"))
-        with pytest.raises(tariq.Fault, match="is not INI") as caught:
+        with pytest.raises(tariq.Fault, match="is no INI file") as caught:
             tariq.Config(path)
-        assert SECRET not in str(caught.value)
-    with pytest.raises(tariq.Fault, match="a key of its own"):
-        tariq.Config(write_config(path, f"{CONFIG}[allow twin]\nkey = {PRINT.lower()}\n")).clients()
+        assert SECRET not in str(caught.value) and caught.value.code == 78
+
+def test_two_sections_with_one_key_are_both_faulty(tmp_path):
+    """Who is it? Neither, then: what the two may do differs."""
+    text = f"{CONFIG}[allow twin]\nkey = {PRINT.lower()}\n[allow third]\nkey = {'0' * 40}\n"
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
+    assert set(config.faults) == {"allow me@laptop", "allow twin"}
+    assert "that of [allow twin]" in config.faults["allow me@laptop"][0]
+    assert config.clients[PRINT.upper()] in config.faults and config.clients["0" * 40] == "allow third"
 
 def test_every_message_says_its_own_mend():
     """The words of each Fault in the program, as far as they are written there."""
@@ -839,8 +860,12 @@ PORTS = [1000, 2000, 3000, 4000, 5000]
 LINK = ("eth0", 0x0800, 0, 1, bytes(6))
 
 def bare_listener():
-    listener = tariq.Listener(None, None, {"ports": PORTS, "key": KEY.hex()})
+    """A Listener without sockets; what it tells the monitor is in its `told`."""
+    settings = {"ports": PORTS, "key": KEY.hex(), "home": "/", "own_key": "0" * 40, "patience": 30}
+    listener = tariq.Listener(None, None, settings)
     listener.began = 0  # frames of this very second are good
+    listener.told = []
+    listener.tell = lambda **message: listener.told.append(message)
     return listener
 
 def packet_of(port, payload, version=4, udp=False, options=b"", flags=2):
@@ -905,7 +930,7 @@ def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
             at, protocol = (40, packet[6]) if packet[0] >> 4 == 6 else (20, packet[9])
             packet[chance.randrange(at + (8 if protocol == 17 else 20), len(packet))] ^= 1 << chance.randrange(8)
         assert listener.gate(bytes(packet), LINK) is None, packet.hex()
-    assert not listener.seen and not listener.knocks and not listener.partial
+    assert not listener.seen and not listener.knocks and not listener.partial and not listener.told
 
 def test_whatever_length_a_header_claims_an_authentic_packet_is_answered():
     payload = make_frame(KEY, b"knock", bytes([4]) + bytes(40))
@@ -928,7 +953,7 @@ def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypat
         packet = packet_of(chance.choice(PORTS), frame, chance.choice((4, 6)), chance.random() < 0.5)
         if passed := listener.gate(packet, LINK):
             listener.collect(*passed)
-        assert len(listener.knocks) <= 256 and len(listener.partial) <= 256 and len(listener.seen) <= 1000
+        assert len(listener.knocks) <= 512 and len(listener.partial) <= 512 and len(listener.seen) <= 1000
     assert served, "some were whole"
 
 def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count(monkeypatch):
@@ -948,11 +973,11 @@ def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count
     for knock in listener.knocks.values():
         knock.source = None
     assert taken([b"\xc0\0\2\1"] * 40) == 16, "an office behind one NAT"
-    assert taken([number.to_bytes(4, "big") for number in range(500)]) == 256 - 48
+    assert taken([number.to_bytes(4, "big") for number in range(1000)]) == 512 - 48
     for number in range(1000):  # fragments only: the oldest goes
         packet = tariq.Packet(b"new1", b"", 1, 1000, b"", b"", LINK)
         listener.collect(0, number.to_bytes(12, "big"), b"", packet)
-    assert len(listener.partial) == 256 and (999).to_bytes(12, "big") in listener.partial
+    assert len(listener.partial) == 512 and (999).to_bytes(12, "big") in listener.partial
 
 def test_hostile_images_are_refused():
     """Random, truncated, mutated and hostile PNGs: no pixel of a bomb is decoded."""
