@@ -191,6 +191,9 @@ class Config:
         self.path = path
         self.ini = configparser.ConfigParser(interpolation=None, delimiters="=",
                                              inline_comment_prefixes="#", default_section="\0")
+        if not os.path.exists(path):
+            raise Fault(CONFIG, f"There is no config {path} yet: tariq.py keygen YOU@LAPTOP makes "
+                                "a client's, and sudo tariq.py init a server's.")
         with open(path, encoding="utf-8") as file:
             status = os.fstat(file.fileno())
             self.stamp = stamp_of(status)
@@ -208,13 +211,12 @@ class Config:
         for name in self.ini.sections():
             self.parse_section(name)
         self.clients = {}  # fingerprint: section [allow NAME]
-        for name in self.ini.sections():
-            key = name.startswith("allow ") and self.values[name].get("key")
-            if key in self.clients:
-                self.add_fault(name, f"key is that of [{self.clients[key]}].")
-                self.add_fault(self.clients[key], f"key is that of [{name}].")
-            elif key:
-                self.clients[key] = name
+        for name, values in self.values.items():
+            if name.startswith("allow ") and "key" in values:
+                other = self.clients.setdefault(values["key"], name)
+                if other != name:
+                    self.add_fault(name, f"key is that of [{other}], too.")
+                    self.add_fault(other, f"key is that of [{name}], too.")
 
     def add_fault(self, section, words):
         self.faults.setdefault(section, []).append(f"{self.path}: [{section}] {words}")
@@ -235,10 +237,8 @@ class Config:
             if not self.ini[name].get(key, "").strip():
                 self.add_fault(name, f"{key} is missing.")
 
-    def log_faults(self):
-        for lines in self.faults.values():
-            for line in lines:
-                log(line)
+    def all_faults(self):
+        return [line for lines in self.faults.values() for line in lines]
 
     def require(self, *sections):
         """Raises Fault where one of the sections has one."""
@@ -268,13 +268,12 @@ INPUT_MAX = 65_536  # bytes that are read of standard input
 UNSEAL_TIME = 3  # seconds: 15 ms are usual; nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
+WORDS_MAX = 65_536  # bytes that are read of gpg's words
 AGENT_PATH_MAX = 107  # bytes of the path of gpg-agent's socket (unix(7))
 
 # What gpg says on stderr, and what its user reads instead.
 GPG_FAULTS = (
     ("No space left", SYSTEM, "The disk that holds {home} is full: make room there."),
-    ("No such file or directory|can't open|Permission denied", MISSING,
-     "The keyring {home} cannot be read as this user: look at it with ls -ld."),
     ("ioctl|[Nn]o pinentry|ENOTTY|Not a tty", BAD_DATA,
      "The key in {home} has a passphrase, and there is no terminal to ask for it: knock from a "
      "terminal, with pinentry-curses installed."),
@@ -293,8 +292,9 @@ def as_owner(directory):
             "--pdeathsig", "KILL"]
 
 def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
-    """Run gpg once -> (output, what it said, status lines among it). What lies in a keyring's
-    directory may command gpg-agent, so root runs gpg as the directory's owner. Raises Fault."""
+    """Run gpg once -> (output, status lines, its words). The words may quote what others sent:
+    status lines are never among them. What lies in a keyring's directory may command gpg-agent, so
+    root runs gpg as the directory's owner. Raises Fault."""
     home = os.path.expanduser(home)
     if not os.path.isdir(home):
         raise Fault(MISSING, f"There is no keyring {home}: tariq.py init makes a server's, "
@@ -303,20 +303,23 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
     environment = dict(os.environ)
     with suppress(OSError):
         environment["GPG_TTY"] = os.ttyname(2)  # where pinentry asks for a passphrase
-    try:
-        done = subprocess.run([*change, *GPG, "--homedir", home, *arguments], input=data,
-                              capture_output=True, timeout=seconds, env=environment,
-                              start_new_session=bool(change))  # not root's terminal
-    except subprocess.TimeoutExpired:  # this bounds its words, too: a second's are a few MB
-        raise Fault(BAD_DATA, f"gpg was not done in {seconds} s with the keyring {home}.")
-    said = done.stderr.decode(errors="replace")
+    with open(os.memfd_create("gpg's words"), "rb") as memory:
+        words = [*GPG, "--logger-fd", str(memory.fileno()), "--homedir", home, *arguments]
+        try:
+            done = subprocess.run([*change, *words], input=data, capture_output=True,
+                                  timeout=seconds, env=environment, pass_fds=[memory.fileno()],
+                                  start_new_session=bool(change))  # not root's terminal
+        except subprocess.TimeoutExpired:  # this bounds its words, too: a second's are a few MB
+            raise Fault(BAD_DATA, f"gpg was not done in {seconds} s with the keyring {home}.")
+        memory.seek(0)
+        said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
-    return done.stdout, said
+    return done.stdout, done.stderr.decode(errors="replace"), said
 
 def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
-    detail = "gpg: " + re.sub(r"(?m)^\[GNUPG:\] (KEY_CONSIDERED|ENC_TO).*\n", "", said)[-300:]
+    detail = said[-300:]
     if "agent" in said and len(f"{home}/S.gpg-agent".encode()) > AGENT_PATH_MAX:
         most = AGENT_PATH_MAX - len("/S.gpg-agent")
         return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: "
@@ -330,7 +333,7 @@ def gpg_fault(home, said):
 def list_keys(home, *arguments, data=b""):
     """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
     of `data`. A name that is not there lists none. Raises Fault."""
-    listing, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
+    listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
     keys = []
     for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
@@ -384,10 +387,10 @@ def unseal(home, sealed, own):
     """Decrypt with the key `own` only, verify -> (fingerprint of the signer's primary key, at most
     PLAIN_MAX bytes). Takes only what status lines prove: gpg's exit status is 2 where it tried an
     old subkey first. Raises Fault."""
-    plain, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
-                      "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
-                      data=sealed, seconds=UNSEAL_TIME, any_status=True)
-    status = [line.split()[1:] for line in said.splitlines() if line.startswith("[GNUPG:] ")]
+    plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
+                             "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
+                             data=sealed, seconds=UNSEAL_TIME, any_status=True)
+    status = [line.split()[1:] for line in lines.splitlines()]  # [GNUPG:] keyword argument...
     keywords = [words[0] for words in status]
     for keyword, *words in status:
         if keyword in REFUSALS:
@@ -395,8 +398,7 @@ def unseal(home, sealed, own):
             raise Fault(BAD_DATA, f"the signer's key, {name}, {REFUSALS[keyword]}.")
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
             or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
-        fault = gpg_fault(home, said)
-        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", fault.detail)
+        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", said[-300:])
     # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
     valid = status[keywords.index("VALIDSIG")]
     timestamp, signer = int(valid[3]), valid[10]
@@ -803,7 +805,8 @@ def report(client, result):
     """Print what was done. -> exit code. Raises Fault where it was refused."""
     text = result.text
     if not result.done:
-        raise Fault(result.status or REFUSED, f"{client.host} says: {text.decode(errors='replace')}")
+        raise Fault(result.status or REFUSED,
+                    f"{client.host} says: {text.decode(errors='replace')}")
     if client.command[0] != "E":  # whose output is passed on as it is, as by ssh
         words = printable(text.decode(errors="replace"))  # opened tcp/22 for ADDRESS until...
         text = words.replace(" for ", f" on {client.host} for ", 1).encode() + b"\n"
@@ -1216,9 +1219,10 @@ class Iptables:
             if not self.rules(family, self.chain):
                 lines.append(f"-N {self.chain}")
             lines.append(f"-I INPUT -j {self.chain}")  # first: before what drops
-            if "-P INPUT DROP" in rules and not any(rule.startswith("-A") for rule in rules):
-                # Flushed, and the policy drops all: a connection through a door would hang.
-                lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]]
+        if "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:]) \
+                and f"-A {self.chain} {ESTABLISHED}" not in self.rules(family, self.chain):
+            # Flushed, and the policy drops all: a connection through a door would hang.
+            lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]]
         if self.public_ports is not None and not self.is_hidden(family, rules):
             lines += self.hiding_lines(family, rules)
         if not lines:
@@ -1254,7 +1258,7 @@ class Iptables:
         """Whether INPUT drops what nothing accepts, as far as iptables can tell."""
         now = time.strftime("%FT%T", time.gmtime())
         for rule in rules:
-            trial = re.search(rf"--datestop (\S+) -j {self.hiding_chain}$", rule)  # by cmd_hide
+            trial = re.search(rf"--datestop (\S+) -j {self.hiding_chain}$", rule)  # of `hide`
             if rule == f"-A INPUT -j {self.hiding_chain}" or trial and now < trial[1]:
                 return True
         return "-P INPUT DROP" in rules or rules[-1].startswith(("-A INPUT -j DROP",
@@ -1366,9 +1370,6 @@ def cmd_hide(options):
     firewall = Iptables(config)
     if "open_command" in config.values["server"]:
         raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
-    if not all("NEW" in template for template in firewall.templates.values()):
-        raise Fault(CONFIG, "open_tcp_port and open_udp_port need --ctstate NEW: hide counts new "
-                            "connections.")
     if options.undo:
         return unhide(config, firewall)
     ports = [port_of(word) for word in options.ports]
@@ -1395,7 +1396,7 @@ def cmd_hide(options):
             packets = packets_in(firewall)
             kept, fewest = packets > fewest, min(packets, fewest)  # fewer: a door was closed
         if kept:
-            write_server_key(config, "public_ports", ", ".join(ports) or "none")
+            set_public_ports(config.path, ports)
             hide(firewall)
     finally:
         if not kept:
@@ -1420,7 +1421,7 @@ def hide(firewall, limit=""):
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
     if "public_ports" in config.values["server"]:
-        write_server_key(config, "public_ports", None)
+        set_public_ports(config.path, None)
     for family in IPTABLES:
         with suppress(Fault):
             lines = firewall.unhiding_lines(firewall.rules(family, "INPUT"))
@@ -1439,9 +1440,9 @@ def listening_ports():
     return sorted(ports, key=lambda port: int(port.partition("/")[0]))
 
 def packets_in(firewall):
-    """How many packets have come in through the doors: each began a connection (--ctstate NEW)."""
+    """How many packets that begin a connection have come in through the doors."""
     rules = [rule for family in IPTABLES for rule in firewall.rules(family, firewall.chain, "-v")]
-    return sum(int(count) for count in re.findall(r" -c (\d+)", "\n".join(rules)))
+    return sum(int(re.search(r" -c (\d+)", rule)[1]) for rule in rules if "NEW" in rule)
 
 def take_lock(name):
     """Hold a lock of this network namespace, as each has its own chains, until this process ends,
@@ -1455,11 +1456,11 @@ def take_lock(name):
     return True
 
 # ---- monitor: requests in, policy, doors and commands --------------------------------------------
-# What ends what           doors                         commands (E)      listener     what is hidden
-#   SIGTERM, INT, HUP      closed: `stop`                SIGTERM: setpriv  ends         stays
-#   SIGKILL of this        at their time, by the kernel  SIGTERM: setpriv  SIGKILL: setpriv   stays
-#   the listener's death   as SIGTERM: exit 70           as SIGTERM        -            stays
-#   a reboot               gone                          gone              gone         at the start
+# What ends what           doors                         commands, listener     what is hidden
+#   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
+#   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
+#   the listener's death   closed: exit 70, `stop`       the same               stays
+#   a reboot               gone                          gone                   again at the start
 # A full disk ends nothing: nothing is written for a knock; log lines may be lost.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
@@ -1489,11 +1490,11 @@ class Monitor:
         self.notify_socket = notify_socket  # systemd's, or ""
         self.doors = {}  # Door.key: Door
         self.command_slots = threading.Semaphore(COMMANDS_MAX)
-        self.firewall = (Commands if "open_command" in config.values["server"] else Iptables)(config)
-        self.ports = config.get("secret_ports")
-        self.home = config.get("server_gpg_dir")
+        firewall = Commands if "open_command" in config.values["server"] else Iptables
+        self.firewall = firewall(config)
+        self.ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
         self.patience = config.get("command_timeout", default=30)
-        self.settings = {  # the listener's: these are what a restart is for
+        self.settings = {  # the listener's. Like firewall and patience they last until a restart
             "ports": self.ports, "key": shared_key(config.get("secret"), self.ports).hex(),
             "home": self.home, "own_key": config.get("server_key"), "patience": self.patience}
 
@@ -1509,7 +1510,9 @@ class Monitor:
                 config = Config(self.config.path, root=True)
                 config.require("server")
                 self.config = config
-                config.log_faults()
+                self.firewall.public_ports = config.values["server"].get("public_ports")
+                for line in config.all_faults():
+                    log(line)
             except (Fault, OSError) as error:
                 log(f"{as_fault(error)} The config from before this change holds.")
         return self.config
@@ -1538,11 +1541,11 @@ class Monitor:
             if part := forbidden(config.get("may", [section], []), command):
                 raise Fault(REFUSED, f"refused: you may not {part} here.")
             if command[0] == "E":
-                return self.execute(knock_id, event, command[1:])
-            self.firewall.public_ports = config.values["server"].get("public_ports")
-            seconds = config.get("open_timeout", [section, "server"], 3600)
-            text = self.move_doors(command, ip, user, seconds)
-            self.finish(knock_id, event, True, 0, text)
+                self.execute(knock_id, event, command[1:])
+            else:
+                seconds = config.get("open_timeout", [section, "server"], 3600)
+                text = self.move_doors(command, ip, user, seconds)
+                self.finish(knock_id, event, True, 0, text)
         except Exception as error:  # whatever becomes of one request, doors are watched
             fault = as_fault(error)
             self.finish(knock_id, event, False, fault.code, str(fault))
@@ -1755,7 +1758,8 @@ def cmd_server(options):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
     config = Config(options.config, root=True)
-    config.log_faults()
+    for line in config.all_faults():
+        log(line)
     config.require("server")
     monitor = Monitor(config, notify_socket)
     if not take_lock(monitor.firewall.chain):
@@ -1841,18 +1845,20 @@ def write_file(path, text, mode=0o600):
     os.replace(file.name, path)
     log(f"wrote {path}")
 
-def write_server_key(config, key, value):
-    """Set a key of [server], or take it out (None); the rest of the file stays as it is."""
-    text = re.sub(rf"(?m)^{key} *=.*\n", "", config.text)
-    if value is not None:
-        text = text.replace("[server]\n", f"[server]\n{key} = {value}\n", 1)
-    write_file(config.path, text)
+def set_public_ports(path, ports):
+    """Set public_ports in a server's config, or take it out (None); all else stays as it is."""
+    locked_directory(path)
+    text = re.sub(r"(?m)^public_ports *=.*\n", "", Config(path, root=True).text)
+    if ports is not None:
+        line = f"public_ports = {', '.join(ports) or 'none'}\n"
+        text = re.sub(r"(?m)^\[server\].*\n", lambda header: header[0] + line, text, count=1)
+    write_file(path, text)
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
-    _, said = gpg(home, "--yes", "--pinentry-mode", "loopback", "--passphrase", "",
-                  "--quick-generate-key", user, "future-default", "default", "never")
-    return re.search(r"KEY_CREATED \S+ (\w{40})", said)[1]
+    _, status, _ = gpg(home, "--yes", "--pinentry-mode", "loopback", "--passphrase", "",
+                       "--quick-generate-key", user, "future-default", "default", "never")
+    return re.search(r"KEY_CREATED \S+ (\w{40})", status)[1]
 
 def install():
     """This program and its service; each written only where it is another one. -> whether systemd
@@ -1918,13 +1924,15 @@ def cmd_check(options):
         sudo tariq.py check"""
     need_root()
     config = Config(options.config, root=True)
-    faults = [line for lines in config.faults.values() for line in lines]
+    faults = config.all_faults()
     if home := config.get("server_gpg_dir", default=None):
         keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
                 for key in list_keys(home, option)}  # one that is secret comes last
         wanted = {config.get("server_key", default=""): "server", **config.clients}
         for fingerprint, section in wanted.items():
             key = keys.get(fingerprint)
+            if section == "server" and key and key["kind"] != "sec":
+                key = None
             if trouble := trouble_with(key):
                 faults.append(f"The key of [{section}] {trouble} {home}.")
             else:
