@@ -419,7 +419,7 @@ except ImportError:  # the demo and the benchmarks do without: what marks a test
 
 ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", "E echo *", "E sleep 60", "E false",
          "E head -c 100000 /dev/zero", "E yes", "E sh -c *", "E nonexistent-program")
-NO_ANSWER, SYSTEM, DIED, REFUSED = 75, 71, 70, 77  # tariq.py --help
+NO_ANSWER, SYSTEM, DIED, REFUSED, MISSING = 75, 71, 70, 77, 69  # tariq.py --help
 UDP = socket.AF_INET, socket.SOCK_DGRAM
 SOON = 6  # seconds that a door is open where a test looks through it, then waits for its end
 
@@ -472,9 +472,13 @@ def box(kept):
     if not kept.tariq or kept.tariq.process.poll() is not None:
         started(kept)
     closed()
+    before = len(kept.tariq.log)
     yield kept
     assert kept.tariq.process.poll() is None, kept.tariq.log
     closed()
+    if re.search(r"(?m)^(?!me@laptop )\S+ \S+ O .*: opened ", kept.tariq.log[before:]):
+        assert kept.tariq.stop() == 0  # it keeps the doors of other clients from this one
+        kept.tariq = None
 
 SOME_PORTS = " ".join(map(str, [*range(20, 60), *range(2000, 2060), 8022]))
 
@@ -895,7 +899,7 @@ def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(
         return bool(listener.gate(packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13, age)), LINK))
     for age, good in ((58, True), (-58, True), (62, False), (-62, False), (3600, False)):
         assert passes(age) is good, age
-    listener.began = now * 1000
+    listener.began = now
     for age, good in ((0.01, False), (30, False), (-5, True)):
         assert passes(age) is good, age
     monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
@@ -1100,7 +1104,7 @@ def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_ref
     old = Peer(box, conf=second_client(box, "aged", algorithm="future-default", options=at_time(-86400)))
     then = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
     old.seal(None, *then, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
-    box.tariq.wait_log("signed it over 600 s from now")
+    wait_for(lambda: re.search("aged@example.com signed it 6[6-9]. s ago", box.tariq.log), "it is not refused")
     other, elsewhere = Peer(box).seal(), Peer(box, to="0" * 40).seal()
     other.send(other.frames(knock_id=os.urandom(12)))
     elsewhere.send(elsewhere.frames())
@@ -1128,7 +1132,7 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(box
         attacker.sealed = sealed
         attacker.send(attacker.frames())
     opens(box)
-    refused = f"{box.other.ip}: knock refused: gpg"
+    refused = f"{box.other.ip}: knock refused: "
     wait_for(lambda: box.tariq.log.count(refused) >= 12, "the bombs are not over")
     ended = re.findall(f"{refused}.*not done in {tariq.UNSEAL_TIME} s", box.tariq.log)
     assert len(ended) >= 12 and box.tariq.process.poll() is None, "each was ended at its time"
@@ -1163,7 +1167,7 @@ def test_all_transports_knock_over_both_families(box, transport, where):
     address, own = (box.server.ip, box.client.ip) if where == "box" else (box.server.ip6, box.client.ip6)
     done = knock(box, where=where, transport=transport, options=["-v"])
     assert f"opened tcp/22 on {where} for {own} until" in done.stdout, done.stderr + box.tariq.log
-    assert f"go by {transport}" in done.stderr.lower()
+    assert f"by {transport}" in done.stderr
     assert box.client.connects(address) and not box.other.connects(address)
     opens(box, "C", "22", where=where, transport=transport)
     assert not box.client.connects(address)
@@ -1171,11 +1175,11 @@ def test_all_transports_knock_over_both_families(box, transport, where):
 def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
     for user in (None, NOBODY):
         done = knock(box, "C", "22", user=user, options=["-v"])
-        assert "go by kernel" in done.stderr and "go by udp" not in done.stderr and done.returncode == 0
+        assert "by kernel" in done.stderr and "by udp" not in done.stderr and done.returncode == 0
     edit(box.me, (box.server.ip, "198.51.100.99"))
     with knocking(box, "C", "22", options=["-v"]) as turns:
-        said = itertools.islice((line for line in turns.stderr if "go by" in line), 4)
-        assert "".join(re.findall("go by (.)", "".join(said))) == "kuku"
+        said = itertools.islice(filter(re.compile("by (kernel|udp)").search, turns.stderr), 4)
+        assert re.findall("by (kernel|udp)", "".join(said)) == ["kernel", "udp"] * 2
 
 def test_hosts_are_names_aliases_or_literal_addresses(box):
     text = box.me.read_text().replace(f"host = {box.server.ip}\n", "")
@@ -1190,9 +1194,7 @@ def test_hosts_are_names_aliases_or_literal_addresses(box):
     fails(box, NO_ANSWER, box.server.ip6, where=box.server.ip6, options=["-4"])
 
 def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
-    looks = box.tariq.log.count("+ iptables -w 5 -C")
     assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(box, "O", "22", "8022", "53/udp")
-    assert box.tariq.log.count("+ iptables -w 5 -C") == looks + 1, "one look at INPUT, however many ports"
     rules = box.server.rules()
     assert len(rules) == 3 and all(f"-s {box.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
     assert sum("-p udp" in rule and "--dport 53 " in rule for rule in rules) == 1
@@ -1202,7 +1204,7 @@ def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
     assert len(renewed) == 3 and renewed != rules, "the deadline is renewed, the rule is not doubled"
     opens(box, "C", "22", "53/udp", "8022")
     assert box.server.rules() == []
-    opens(box, "C", "22")  # what is closed already
+    assert "tcp/22 was shut already" in opens(box, "C", "22")
     before = box.tariq.log.count("+ iptables -w 5 -A")
     assert "opened tcp/22 on box" in opens(box, "O", "22", "22/tcp", "22")
     assert box.tariq.log.count("+ iptables -w 5 -A") == before + 1, "a port that is named twice is one door"
@@ -1215,8 +1217,8 @@ def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
                                 (["sh", "-c", "kill -9 $$"], 137, ""), (["nonexistent-program"], 127, "No such file")):
         done = knock(box, "E", *words)
         assert done.returncode == status and said in done.stdout, done
-    environment = opens(box, "E", "sh", "-c", "env; pwd; readlink /proc/self/fd/0; echo $TZ")
-    assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n/dev/null\n\n")
+    environment = opens(box, "E", "sh", "-c", "env; pwd; cat; echo $TZ")  # with an empty stdin
+    assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n\n")
 
 def nap_of_our_own():
     """A `sleep` of an hour that no other test's looks like, nor one beside this run: pgrep sees all."""
@@ -1244,7 +1246,7 @@ def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
     with serving(idle, command_timeout=999) as server, ExitStack() as stack:
         slow = [stack.enter_context(knocking(idle, *words)) for _ in range(16)]
         server.wait_log("+ sh -c 'read x", 16)
-        fails(idle, REFUSED, "16 commands run: knock again", "E", "echo", "hi")
+        fails(idle, REFUSED, "16 commands run", "E", "echo", "hi")
         opens(idle)
         assert all(each.poll() is None for each in slow)
         def let_go():
@@ -1256,14 +1258,17 @@ def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
         opens(idle, "E", "echo", "hi")
 
 def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
-    for words in ("O 23/tcp", "O 22/tcp 23/tcp", "O 22/udp", "C 25/tcp", "E reboot", "E id", "E sleep 61"):
-        fails(box, REFUSED, "refused: the server's config does not allow it to me@laptop", *words.split())
+    for words, part in (("O 23/tcp", "O 23/tcp"), ("O 22/tcp 23/tcp", "O 23/tcp"), ("O 22/udp", "O 22/udp"),
+                        ("C 25/tcp", "C 25/tcp"), ("E reboot", "E reboot"), ("E id", "E id"),
+                        ("E sleep 61", "E sleep 61")):
+        fails(box, REFUSED, f"may not {part} here", *words.split())
         assert f"me@laptop {box.client.ip} {words}: refused" in box.tariq.log
     assert box.server.rules() == []
 
 def test_unknown_expired_and_revoked_keys_get_silence(box):
-    unknown, late, gone = (second_client(box, name) for name in ("deleted", "expired", "revoked"))
-    assert [knock(box, conf=path).returncode for path in (unknown, late, gone)] == [0, 0, 0]
+    unknown, late, gone = (second_client(box, name, ("O 22", "C 22")) for name in ("deleted", "expired", "revoked"))
+    for path in (unknown, late, gone):
+        opens(box, conf=path), opens(box, "C", "22", conf=path)
     ids = {path: fingerprint(path.parent / "gpg", f"{path.parent.name}@example.com") for path in (unknown, late, gone)}
     gpg(box.ring, "--delete-keys", ids[unknown])  # though still in [allow]
     gpg(late.parent / "gpg", "--quick-set-expire", ids[late], "seconds=1")
@@ -1273,41 +1278,44 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
     certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{ids[gone]}.rev").read_text()  # gpg makes one for each
     gpg(box.ring, "--import", input=certificate.replace(":-----BEGIN", "-----BEGIN"))
     time.sleep(1.5)
-    opens(box, "C", "22")
-    for path, words in ((unknown, "ERRSIG NO_PUBKEY"), (late, ""), (gone, "")):
+    for path, words in ((unknown, f"key {ids[unknown][-16:]}, is not in the server's keyring"),
+                        (late, "expired@example.com, is expired"), (gone, "revoked@example.com, is revoked")):
         seen = box.tariq.log.count("knock refused")
         with captured(box.server, outgoing=True) as packets:
-            fails(box, NO_ANSWER, "no answer from box", conf=path, timeout=2)
+            fails(box, NO_ANSWER, "No answer from box", conf=path, timeout=2)
             box.tariq.wait_log("knock refused", seen + 1)
         assert not any(packet.payload for packet in packets), "not a byte in answer"
         assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
     assert box.server.rules() == []
 
 def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(box):
-    conf = second_client(box, "stranger")
-    fails(box, REFUSED, "", "C", "22", conf=conf)
-    text = box.conf.read_text()
-    for broken, words in ((text.replace("[allow stranger@example.com]", "[allow stranger"), "is not INI"),
-                          (f"{text}\n[allow twin]\nkey = {'0' * 40}\n[allow other]\nkey = {'0' * 40}\n", "of its own")):
-        box.conf.write_text(broken)
-        fails(box, 78, words, conf=conf)
-        assert words in box.tariq.log, "the log says why"
+    conf, words = second_client(box, "stranger", ("O 8022", "C 8022")), ("O", "8022")
+    fails(box, REFUSED, "may not C 22/tcp", "C", "22", conf=conf)
+    text, log = box.conf.read_text(), box.tariq.log
+    box.conf.write_text(text.replace("[allow stranger@example.com]", "[allow stranger"))
+    opens(box, *words, conf=conf)  # the last whole config holds
+    assert box.tariq.log.removeprefix(log).count("is no INI file") == 1, "the log says why"
+    box.conf.write_text(f"{text}\n[allow twin]\nkey = {'0' * 40}\n[allow other]\nkey = {'0' * 40}\n")
+    opens(box, *words, conf=conf)  # which of the two is whose is their fault alone
+    assert all(f"[{name}] key is that of" in box.tariq.log for name in ("allow twin", "allow other"))
     for owner, mode in (*((0, mode) for mode in (0o644, 0o640, 0o604, 0o620, 0o666)), (NOBODY, 0o600)):
-        write(box.conf, text, owner, mode)  # root obeys a file that is its own alone
-        fails(box, 78, "chmod 600 it; if root's commands obey it, chown root it", conf=conf)
+        log = box.tariq.log
+        write(box.conf, text.replace("O 8022", "O 1"), owner, mode)  # root obeys a file that is its own alone
+        opens(box, *words, conf=conf)
+        assert box.tariq.log.removeprefix(log).count("is open to others: chmod 600") == 1
         write(box.conf, text)
-    opens(box, conf=conf)  # and the server goes on
-    opens(box, "C", "22")
+    opens(box, *words, conf=conf), opens(box, "C", "8022", conf=conf)
     box.conf.write_text(re.sub(r"(?ms)^\[allow stranger.*?(?=^\[|\Z)", "", text))
-    fails(box, REFUSED, "does not allow", conf=conf)
+    fails(box, REFUSED, "may not O 8022/tcp", *words, conf=conf)
     assert box.server.rules() == []
 
 OWN = "socket.socket.getsockname = lambda _: ({!r},)\n"  # what the client's kernel says of its address
 
 def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
     """By a man in the middle, from his own address, which the challenge names. Behind NAT nobody can know."""
-    fails(box, 76, f"the server sees {box.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
-    assert "a relay, or NAT" in knock(box, change=OWN.format("64:ff9b::cb00:714d")).stderr and box.server.rules() == []
+    fails(box, 76, f"The server sees {box.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
+    fails(box, 76, f"--address {box.client.ip}", change=OWN.format("64:ff9b::cb00:714d"))
+    assert box.server.rules() == []
     for own in ("192.168.7.7", "100.64.0.7", "fe80::7", "fd00::7"):
         opens(box, change=OWN.format(own))
 
@@ -1453,7 +1461,7 @@ def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
 
 def test_a_wrong_sequence_of_ports_never_assembles(box):
     ports = ",".join(map(str, [box.ports[1], box.ports[0], *box.ports[2:]]))
-    fails(box, NO_ANSWER, "wrong ports", timeout=1, options=["-p", ports])
+    fails(box, NO_ANSWER, "No answer from box", timeout=1, options=["-p", ports])
     all_is_handled(box)
     assert box.server.rules() == []
 
@@ -1538,14 +1546,14 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     channel = socket.socket(fileno=int(sys.argv[-1]))
     channel.recv(9000)
     def message(knock_id="00" * 12, signer="KEY", command=["O", "22"], ip="c0000207"):
-        return json.dumps([knock_id, signer, command, ip]).encode()
-    hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b"[" * 8000, b'{"a":' * 1500, message("x"), message(3),
-               message()[:-1], *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
+        return json.dumps({"request": [knock_id, signer, command, ip]}).encode()
+    hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b'"log"', b"[" * 8000, b'{"a":' * 1500, message("x"), message(3),
+               message()[:-1], b'{"request": 7}', b'{"request": []}', b'{"log": 7}', b'{"log": ["x"]}', *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
                *(message(command=it) for it in ("O 22", [], ["O"], ["O", 22], ["O", None], ["O", "*"], ["O", "23"],
                  ["O", "22", "-j"], ["E", "reboot"], ["E"], ["E", "echo\nx"], [["O", "22"]], {"O": "22"}, "Eid",
                  ["O", "\u0662\u0662"])),
                *(message(ip=it) for it in ("192.0.2.7", "00", "c00002", "-j ACCEPT", 5, None, ["c0000207"], "00" * 17)),
-               json.dumps("a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000).encode()]
+               json.dumps({"log": "a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000}).encode()]
     for case in hostile + [message(command=["O", "23"])] * 2000:  # more answers than the channel holds
         channel.send(case)
     answers, last, good = [], b"\x22" * 12, b""
@@ -1558,7 +1566,8 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     channel.send(message("11" * 12))
     while good[:12] != b"\x11" * 12:
         good = channel.recv(9000)
-    channel.send(json.dumps(f"{sum(it[12] for it in answers)} of {len(answers)} done; then {good[:14].hex()}").encode())
+    words = f"{sum(it[12] for it in answers)} of {len(answers)} done; then {good[:14].hex()}"
+    channel.send(json.dumps({"log": words}).encode())
     channel.recv(9000)
     os._exit(0)
 """
@@ -1569,8 +1578,8 @@ def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_m
     try:
         server.wait_log(" done; then ", timeout=300)
         assert re.search(r"listener: 0 of \d{2,} done; then (11){12}0100\n", server.log)
-        assert server.log.count(": opened") == 1 and server.log.count("malformed message") > 15
-        assert r"listener: a\x0a<3>b\x1b[2J\xd800\x202exxx" in server.log, "log lines cannot be forged"
+        assert server.log.count(": opened") == 1 and server.log.count("malformed message") > 20
+        assert "listener: a; <3>b?[2J??xxx" in server.log, "log lines cannot be forged"
         assert max(map(len, server.log.splitlines())) < 1100 and len(idle.server.rules()) == 1
         assert server.stop() == 0 and idle.server.rules() == []
     finally:
@@ -1583,21 +1592,22 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
     unreadable = write(box.lab.new("unreadable"), box.me.read_text())
     (covers := box.lab.new("covers")).mkdir()
     for words, code, text in (
-            (("X", "22"), 64, "needs O PORT"), (("O",), 64, "needs O PORT"), (("E",), 64, "needs O"),
-            (("O", "0"), 64, "needs ports"), (("O", "99999"), 64, "needs ports"), (("O", "ssh"), 64, "needs ports"),
-            (("E", "a\nb"), 64, "printable"), (("E", "echo", "x" * 900), 64, "bytes too long"),
-            (("O", "23"), 77, "does not allow it to")):
+            (("X", "22"), 64, "X"), (("O",), 64, "a request is O PORT"), (("E",), 64, "a request is O PORT"),
+            (("O", "0"), 64, "0 is no port"), (("O", "99999"), 64, "99999 is no port"),
+            (("O", "ssh"), 64, "ssh is no port"), (("E", "a\nb"), 64, "printable"),
+            (("E", "echo", "x" * 900), 64, "bytes too long"), (("O", "23"), 77, "may not O 23/tcp")):
         fails(box, code, text, *words)
     for how, code, text in (
-            (dict(options=["-p", "1,2,3"]), 64, "needs 5 to 32"), (dict(options=["-t", "x"]), 64, "invalid int value"),
-            (dict(options=["-i", covers]), 65, "needs PNG images"),
-            (dict(options=["-u", "who@example.com"]), 65, "gpg, "),
-            (dict(options=["-g", "/nonexistent"]), 69, "No such file or directory: '/nonexistent"),
-            (dict(options=["--transport", "pigeon"]), 64, "invalid choice"),
-            (dict(conf=box.me.parent / "none.conf"), 69, "none.conf': Tariq's files come from"),
+            (dict(options=["-p", "1,2,3"]), 64, "5 to 32"), (dict(options=["-t", "x"]), 64, "-t"),
+            (dict(options=["--address", "x"]), 64, "an IP address"),
+            (dict(options=["-i", covers]), 65, f"no PNG image (.png) in the folder {covers}"),
+            (dict(options=["-u", "who@example.com"]), 65, "Your key, who@example.com, is not in the keyring"),
+            (dict(options=["-g", "/nonexistent"]), 69, "no keyring /nonexistent"),
+            (dict(options=["--transport", "pigeon"]), 64, "pigeon"),
+            (dict(conf=box.me.parent / "none.conf"), 78, "none.conf"),
             (dict(conf=loose), 78, "chmod 600"), (dict(conf=unreadable), 71, "Permission denied"),
-            (dict(where="unknown.example.com"), 78, "[unknown.example.com] server_key is missing"),
-            (dict(options=["--transport", "crafted"]), 71, "CAP_NET_RAW")):
+            (dict(where="unknown.example.com"), 78, "unknown.example.com is not in"),
+            (dict(options=["--transport", "crafted"]), 71, "root")):
         fails(box, code, text, **how)
     done = box.lab.tariq(box.client, "knock", "-c", box.me, "box", user=NOBODY, check=False)
     assert done.returncode == 64 and "required" in done.stderr and done.stderr.count("\n") == 1, done
@@ -1619,14 +1629,14 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
 
 def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(box):
     with captured(box.server) as packets:
-        fails(box, 78, "bytes do not fit: use more secret_ports", change="tariq.FRAME_MAX = 600")
+        fails(box, 78, "use more secret_ports", change="tariq.FRAME_MAX = 600")
     assert not [packet for packet in packets if packet.port in box.ports]
 
 def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
     text, key = box.conf.read_text(), config_values(box.conf, "server")["server_key"]
-    cases = [(f"server_key = {key}", "server_key = me", 78, "server_key: needs a key's fingerprint"),
+    cases = [(f"server_key = {key}", "server_key = me", 78, "server_key has to be a key's fingerprint"),
              (f"server_key = {key}", "", 78, "server_key is missing"),
-             (f"server_key = {key}", f"server_key = {key[::-1]}", 70, "the listener died"),
+             (f"server_key = {key}", f"server_key = {key[::-1]}", 70, "listener died"),
              ("server_gpg_dir = ", "server_gpg_dir = /nonexistent", 69, "/nonexistent"),
              ("[server]", "[server]\nopen_tcp_port = -A tariq {ip} {dport} {until} --nonsense", 71, "iptables"),
              ("[server]", "[server]\nopen_command = true {ip} {dport}", 78, "close_command is missing"),
@@ -1638,7 +1648,7 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
         assert done.returncode == code and len(lines) == 1 and words in lines[0], (new, done)
     for command in ("server", "init", "enroll"):
         done = box.lab.tariq(box.other, command, "-c", box.conf, user=NOBODY, check=False)
-        assert done.returncode == 71 and done.stderr == "tariq: this needs root: sudo\n"
+        assert done.returncode == 71 and "needs root: sudo" in done.stderr and done.stderr.count("\n") == 1
 
 def test_a_second_server_with_the_same_chain_does_not_start(box):
     done = box.lab.tariq(box.server, "server", "-c", box.conf, check=False)
@@ -1657,7 +1667,7 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
         done = knock(box, timeout=3, change=wrap.format(data))
         assert done.returncode in (0, NO_ANSWER) and "Traceback" not in done.stderr, done
     escape = wrap.format(r"opened[1].replace(b'opened', b'\x1b[2Jopened')")
-    assert opens(box, change=escape).startswith("\\x1b[2Jopened")
+    assert opens(box, change=escape).startswith("?[2Jopened")
     refused = wrap.format("opened[1][:1] + bytes([0]) + opened[1][2:]")
     fails(box, REFUSED, "", "O", "23", change=refused)  # a refusal is one, whatever status it claims
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
@@ -1688,42 +1698,42 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     def exported(*words):
         return gpg(ring, "--armor", *words).stdout
     text, before, key = box.conf.read_text(), keys(), exported("--export", "<me@laptop>")
-    for given, words in ((key, "me@laptop is another client's name"), (exported("--export"), "needs one public key"),
-                         (exported("--export", "nobody"), "needs one"),
-                         (exported("--export-secret-keys", "Mallory"), "needs one"),
-                         (exported("--export", "mallory@example.com") + key, "needs one")):
+    for given, words in ((key, "me@laptop is another client's name"), (exported("--export"), "One public key"),
+                         (exported("--export", "nobody"), "One public key"),
+                         (exported("--export-secret-keys", "Mallory"), "One public key"),
+                         (exported("--export", "mallory@example.com") + key, "One public key")):
         done = enroll(box, given, check=False)
         assert done.returncode == 65 and words in done.stderr and done.stdout == "", done
     for name in ("me@laptop", "two\nlines", "a]b", "-x", "a log line"):
         assert enroll(box, key, f"--name={name}", check=False).returncode == 65, name
     assert enroll(box, key, "--name", "other", "--allow", "E echo 'a #b'", check=False).returncode == 64
     noise = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=b"\x99\0\1\t" * 16000, text=False, check=False)
-    assert noise.returncode == 65 and b"needs one" in noise.stderr, "gpg has more to say than a pipe holds"
+    assert noise.returncode == 65 and b"One public key" in noise.stderr, "gpg has more to say than a pipe holds"
     for user in ("long@example.com", "later@example.com"):
         generate(ring, user)
     long = key_with_a_hidden_one(ring, "long@example.com", "later@example.com")
     done = enroll(box, long, "--name", "long", check=False)
-    assert done.returncode == 65 and "needs one public key" in done.stderr, "a secret key behind a long listing"
+    assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
     assert keys() == before and box.conf.read_text() == text, "nothing is imported or written"
     done = enroll(box, key, "--name", "other.one")
     assert "[allow other.one]" in box.conf.read_text() and "secret_ports" in done.stdout
     again = enroll(box, key)
-    assert "already: nothing changed" in again.stderr and again.stdout == done.stdout
+    assert "there already" in again.stderr and again.stdout == done.stdout
 
 def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
     text, mine = box.me.read_text(), config_values(box.me, "box")["server_key"]
     profile = enroll(box, gpg(box.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
     def join(given, host="box"):
         return box.lab.tariq(box.client, "join", "-c", box.me, host, user=NOBODY, input=given, check=False)
-    for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("", "no profile on stdin"),
+    for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("", "No profile"),
                          (re.sub('"secret": "[^"]*', f'"secret": "{SECRET}', profile), "has other values"),
-                         (profile[:100], "no profile"),
+                         (profile[:100], "No profile"),
                          (profile.replace('"secret_ports": "', '"secret_ports": "1,'), "has other values")):
         done = join(given)
         assert done.returncode == 65 and words in done.stderr and box.me.read_text() == text, (words, done)
     for host in ("", "a b", "x]", "two\nlines", "DEFAULT", "#"):
         done = join(profile, host)
-        assert done.returncode == 64 and "needs an ASCII name or address" in done.stderr, host
+        assert done.returncode == 64 and "an ASCII name or address" in done.stderr, host
     assert join(profile).returncode == 0 and box.me.read_text() == text
 
 def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the_client(box):
@@ -1740,7 +1750,7 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
     generate(ring, "secretly@example.com")
     hidden = key_with_a_hidden_one(ring, "server@example.com", "secretly@example.com")
     done = join({**profile, "public_key": hidden})
-    assert done.returncode == 65 and "needs one public key" in done.stderr, "a secret key behind a long listing"
+    assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
     assert join(profile).returncode == 0
     for user in ("planted@example.com", "later@example.com", "secretly@example.com"):
         done = box.lab.tariq(box.client, "keygen", "-c", conf, user, user=NOBODY)
@@ -1757,7 +1767,9 @@ def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_s
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
 
 def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box):
-    assert "is there already: nothing changed" in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
+    text, keys = box.conf.read_text(), gpg(box.ring, "--list-secret-keys").stdout
+    assert "wrote" not in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
+    assert box.conf.read_text() == text and gpg(box.ring, "--list-secret-keys").stdout == keys
     conf = box.lab.dir / "person" / "tariq.conf"
     users = make_users(box.lab.new("users"), 1000)
     done = box.server.run("sh", "-c", OWN_USERS, users, box.lab.dir / "tariq.py", "init", "-c", conf, check=False)
@@ -1771,7 +1783,7 @@ def test_four_enrolments_at_once_lose_nothing(box):
     box.conf.write_text(text[:text.index("[allow")] + "# mine")  # an editor that leaves out the last newline
     with ThreadPoolExecutor() as pool:
         profile, *_ = pool.map(lambda key: enroll(box, key).stdout, keys)
-    assert len(tariq.Config(box.conf).clients()) == 4 and "# mine" in box.conf.read_text()
+    assert len(tariq.Config(box.conf).clients) == 4 and "# mine" in box.conf.read_text()
     assert "[allow many3@example.com]" in box.conf.read_text(), "the email is the name"
     box.lab.tariq(box.client, "join", "-c", confs[0], box.server.ip, input=profile)
     opens(box, conf=confs[0], user=None, where=box.server.ip)
@@ -1806,7 +1818,7 @@ def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_it
     with serving(idle, command_timeout=1) as server:
         listener = server.listener
         server.process.send_signal(signal.SIGSTOP)  # so that a request waits unread when the monitor dies
-        fails(idle, NO_ANSWER, "box sent no result, but may have acted", timeout=10)
+        fails(idle, NO_ANSWER, "sent no result", timeout=10)
         server.kill()
         wait_for(lambda: not alive(listener), "the listener outlives its monitor")
     with serving(idle) as server:
@@ -1858,22 +1870,22 @@ def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
                  open_timeout=SOON) as server:
         assert "this server ends doors" not in server.log, "{seconds} are the firewall's"
         opens(idle), opens(idle, "C", "22")
-        assert "no such element (1)" in server.log and "is not closed" not in server.log
+        assert "no such element" in server.log and "is not closed" not in server.log
         opens(idle)
         closing.rename(closing.with_name("gone"))
-        fails(idle, SYSTEM, "No such file", "C", "22")
-        server.wait_log("22/tcp is not closed: ", 2)
+        fails(idle, MISSING, str(closing), "C", "22")
+        server.wait_log(f"tcp/22 for {idle.client.ip} is not closed: ", 2)
         closing.with_name("gone").rename(closing)
-        server.wait_log("no such element (1)", 2)
+        server.wait_log("no such element", 2)
         assert server.stop() == 0
     with serving(idle, open_command="true {ip} {dport}", close_command=f"{closing} {{ip}} {{dport}}",
                  open_timeout=1) as server:
         closing.rename(closing.with_name("gone"))
         for first in (20, 2000):
             opens(idle, "O", *map(str, range(first, first + 28)))
-        server.wait_log("20/tcp is not closed", 2)
+        server.wait_log(f"tcp/20 for {idle.client.ip} is not closed", 2)
         server.process.send_signal(signal.SIGTERM)  # which does not wait a second for each of its 56 doors
-        assert server.process.wait(50) == 0 and server.log.count("doors may be open") == 56
+        assert server.process.wait(50) == 0 and server.log.count("Doors may be open") == 56
 
 def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(idle):
     other = second_client(idle, "thrifty", allow=("O 44",))
@@ -1894,7 +1906,7 @@ def test_the_server_warns_where_nothing_is_hidden(idle):
         for rule in rules:
             idle.other.run(*rule.split())
         server = Server(idle.lab, idle.other, conf).wait_log("listening for")
-        assert server.log.count("INPUT does not drop") == warnings and server.stop() == 0
+        assert server.log.count("INPUT drops nothing") == warnings and server.stop() == 0
     idle.other.run("iptables", "-F", "INPUT"), idle.other.run("ip6tables", "-P", "INPUT", "ACCEPT")
 
 # ---- the network never talks to root (DESIGN 1.1, 1.3) ---------------------------------------------------------------
@@ -1975,7 +1987,7 @@ def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
         shutil.copy("/usr/bin/setpriv", fake / "real")
         covered = "sh", "-c", 'mount --bind "$0/setpriv" /usr/bin/setpriv && exec "$@"', fake
         done = idle.server.run(*covered, idle.lab.dir / "tariq.py", "server", "-c", variant(idle), check=False)
-        assert done.returncode == DIED and "needs an unprivileged owner" in done.stderr, (leave, done)
+        assert done.returncode == DIED and "still has a privilege" in done.stderr, (leave, done)
 
 def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_packet(idle):
     with serving(idle) as server:
@@ -2304,9 +2316,11 @@ def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 class Fakes:
-    """gpg, iptables and ip6tables of a server, in a mount namespace of its own: as they are, until told to fail."""
+    """gpg and iptables' programs of a server, in a mount namespace of its own: as they are, until told to fail."""
 
     SCRIPT = r"""#!/bin/sh
+words=/dev/stderr  # where it says what is wrong
+for word; do [ "$before" = --logger-fd ] && words=/proc/self/fd/$word; before=$word; done
 case $(cat "{flag}") in
 {name}-hangs) exec sleep 60;;
 {name}-shows) keyctl show > "{flag}.shown";;
@@ -2315,7 +2329,7 @@ case $(cat "{flag}") in
 {name}-junk) head -c 3000 /dev/urandom | tee /dev/stderr; exit 0;;
 {name}-lies) printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >&2; exit 0;;
 {name}-slow) sleep 1.2;;
-{name}-fails) echo "{name}: a fault made by the tests" >&2; exit 4;;
+{name}-fails) echo "{name}: a fault made by the tests" >> $words; exit 4;;
 {name}-is-busy-once) case "$*" in *--datestop*) echo none > "{flag}"; exit 4;; esac;;
 esac
 XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
@@ -2328,9 +2342,10 @@ XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
         self.flag, self.prefix = write(place / "flag", "none", mode=0o644), ("sh", "-c", self.COVER, place)
         self.shown = write(place / "flag.shown", "", mode=0o666)
         shutil.copy("/usr/bin/gpg", place / "gpg.real")
-        for name, real in (("gpg", place / "gpg.real"), ("iptables", f"/usr/sbin/iptables{legacy}"),
-                           ("ip6tables", f"/usr/sbin/ip6tables{legacy}")):
-            write(place / name, self.SCRIPT.format(name=name, real=real, flag=self.flag), mode=0o755)
+        write(place / "gpg", self.SCRIPT.format(name="gpg", real=place / "gpg.real", flag=self.flag), mode=0o755)
+        for name, what in itertools.product(("iptables", "ip6tables"), ("", "-restore")):
+            script = self.SCRIPT.format(name=name, real=f"/usr/sbin/{name}{legacy}{what}", flag=self.flag)
+            write(place / f"{name}{what}", script, mode=0o755)
 
     def fault(self, name):
         self.flag.write_text(name)
@@ -2343,7 +2358,7 @@ def agent_of(world):
                 return int(pid)
     return None
 
-@pytest.mark.parametrize("fault, words", [("dies", "exit status -9"), ("junk", "not one encrypted message"),
+@pytest.mark.parametrize("fault, words", [("dies", "not one encrypted message"), ("junk", "not one encrypted message"),
                                           ("lies", "not one encrypted message"),
                                           ("hangs", f"not done in {tariq.UNSEAL_TIME} s"),
                                           ("fails", "gpg: a fault made by the tests")])
@@ -2395,7 +2410,7 @@ def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same
         fakes.fault("none")
         deadline = deadline_of(opens(idle))
         fakes.fault("iptables-fails")
-        wait_for(lambda: re.search("22/tcp is not closed: .*a fault made by the tests", server.log), "closed")
+        wait_for(lambda: re.search("tcp/22 for .* is not closed: .*a fault made by the tests", server.log), "closed")
         fails(idle, SYSTEM, "", "C", "22")
         assert idle.server.rules(), "the fault is no fault"
         time.sleep(max(0, deadline + 1.05 - time.time()))
@@ -2427,9 +2442,9 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
     """Every process that it starts fails while a file is there: out of memory or tasks."""
     flag = idle.lab.new("no-fork")
     change = ("import os\nlaunch = tariq.launch\n"
-              "def failing(*words):\n"
+              "def failing(*words, **more):\n"
               f"    if os.path.exists('{flag}'): raise {{}}('a fault made by the tests')\n"
-              "    return launch(*words)\n"
+              "    return launch(*words, **more)\n"
               "tariq.launch = failing\n")
     for error in ("BlockingIOError", "RuntimeError"):
         program = idle.lab.program(change.format(error))
@@ -2437,7 +2452,7 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
             opens(idle)
             flag.touch()
             fails(idle, SYSTEM, f"{error}: a fault", "O", "23")
-            server.wait_log("22/tcp is not closed: ")
+            server.wait_log(f"tcp/22 for {idle.client.ip} is not closed: ")
             assert idle.server.rules()
             flag.unlink()
             wait_for(lambda: not idle.server.rules(), "the door is forgotten")
@@ -2445,7 +2460,7 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
         with serving(idle, program=program) as server:
             flag.touch()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(LONG) == 0 and server.log.count("doors may be open: ip") == 2, "it tries both"
+            assert server.process.wait(LONG) == 0 and server.log.count("Doors may be open: ip") == 2, "it tries both"
             flag.unlink()
 
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
@@ -2459,9 +2474,8 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
         with serving(idle, fakes.prefix) as server, open(f"{fakes.flag}.lock", "a") as lock, \
                 ThreadPoolExecutor() as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            runs = server.log.count("+ iptables")
             waits = pool.submit(opens, idle)
-            server.wait_log("+ iptables", runs + 1)
+            wait_for(lambda: any("iptables" in proc(pid, "cmdline") for pid in children(server.process.pid)))
             time.sleep(1)  # of the five seconds that iptables waits
             assert not waits.done()
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -2492,8 +2506,7 @@ def test_a_full_disk_below_the_keyring_fails_no_later_knock(idle):
         seen = Path(f"/proc/{server.process.pid}/root/{disk}")
         sh("dd", "if=/dev/zero", f"of={seen}/fill", "bs=4096", check=False)
         assert os.statvfs(seen).f_bavail == 0
-        if knock(idle, timeout=5).returncode:
-            server.wait_log("knock refused: gpg")  # a line that says what is wrong
+        opens(idle)
         (seen / "fill").unlink()
         opens(idle, "O", "23")
 
@@ -2617,7 +2630,7 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     extension = sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.strip()
     prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
     with serving(idle, prefix, open_timeout=SOON) as server:
-        assert "refuses the rule (no xt_time?)" in server.log and "this server ends doors" in server.log
+        assert "refuses a rule with a time limit" in server.log and "this server ends doors" in server.log
         deadline = deadline_of(opens(idle))
         assert "--datestop" not in idle.server.rules()[0] and idle.client.connects(idle.server.ip)
         wait_for(lambda: not idle.server.rules(), "the door stays")
