@@ -1104,7 +1104,7 @@ def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_ref
     old = Peer(box, conf=second_client(box, "aged", algorithm="future-default", options=at_time(-86400)))
     then = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
     old.seal(None, *then, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
-    wait_for(lambda: re.search("aged@example.com signed it 6[6-9]. s ago", box.tariq.log), "it is not refused")
+    wait_for(lambda: re.search("signed it 6[6-9]. s ago", box.tariq.log), "it is not refused")
     other, elsewhere = Peer(box).seal(), Peer(box, to="0" * 40).seal()
     other.send(other.frames(knock_id=os.urandom(12)))
     elsewhere.send(elsewhere.frames())
@@ -1629,7 +1629,7 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
 
 def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(box):
     with captured(box.server) as packets:
-        fails(box, 78, "use more secret_ports", change="tariq.FRAME_MAX = 600")
+        fails(box, 78, "use more secret_ports", change="tariq.PIECE_MAX = 600")
     assert not [packet for packet in packets if packet.port in box.ports]
 
 def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
