@@ -34,7 +34,7 @@ The parts, in the order of the file, and who reads what before trusting it with 
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
+import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
 import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
 import time, zlib
 from collections import OrderedDict, namedtuple
@@ -169,6 +169,7 @@ SYNTAX = {
     "address": (".+", "an IP address, or any", address_of),
 }
 IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
+ELSEWHERE = set(SYNTAX) - {"key", "may"}
 NEEDED = {"server": ("secret_ports", "secret", "server_gpg_dir", "server_key"), "allow": ("key",)}
 
 def parse(key, text):
@@ -208,6 +209,8 @@ class Config:
                                 "read it, chown root it).")
         self.values = {}  # section: {key: value}
         self.faults = {}  # section: [line, ...]
+        if root and not self.ini.has_section("server"):
+            self.ini.add_section("server")  # in which all is missing
         for name in self.ini.sections():
             self.parse_section(name)
         self.clients = {}  # fingerprint: section [allow NAME]
@@ -225,7 +228,7 @@ class Config:
         kind = name.partition(" ")[0]  # server, allow; or client, or a host's name
         values = self.values[name] = {}
         for key, text in self.ini[name].items():
-            if key not in (IN_ALLOW if kind == "allow" else SYNTAX) or name == "DEFAULT":
+            if key not in (IN_ALLOW if kind == "allow" else ELSEWHERE):
                 # Cut: it may be a secret in the wrong place.
                 self.add_fault(name, f"{key[:16]} is no key that can stand here.")
             elif text.strip():
@@ -269,7 +272,7 @@ UNSEAL_TIME = 3  # seconds: 15 ms are usual; nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 WORDS_MAX = 65_536  # bytes that are read of gpg's words
-AGENT_PATH_MAX = 107  # bytes of the path of gpg-agent's socket (unix(7))
+HOME_MAX = 86  # bytes of a keyring's path: gpg-agent's longest socket in it has 106
 
 # What gpg says on stderr, and what its user reads instead.
 GPG_FAULTS = (
@@ -320,10 +323,9 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
 def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
     detail = said[-300:]
-    if "agent" in said and len(f"{home}/S.gpg-agent".encode()) > AGENT_PATH_MAX:
-        most = AGENT_PATH_MAX - len("/S.gpg-agent")
-        return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: "
-                             f"move it to one of at most {most} bytes.", detail)
+    if "agent" in said and len(home.encode()) > HOME_MAX:
+        return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: move it to one "
+                             f"of at most {HOME_MAX} bytes.", detail)
     for pattern, code, words in GPG_FAULTS:
         if re.search(pattern, said):
             return Fault(code, words.format(home=home), detail)
@@ -338,8 +340,9 @@ def list_keys(home, *arguments, data=b""):
     for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
         if kind in ("pub", "sec"):
+            end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
-                         "expires": int(fields[5] or 0)})
+                         "expires": end})
         elif keys and kind in ("fpr", "uid"):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
     if not keys and "agent" in said:
@@ -351,14 +354,8 @@ def trouble_with(key):
     if not key:
         return "is not in the keyring"
     if key["validity"] == "e":
-        return f"expired on {day(key['expires'])}"
+        return f"expired on {key['expires']}"
     return {"r": "is revoked", "i": "is invalid", "d": "is disabled"}.get(key["validity"], "")
-
-def end_of(key):
-    return f"until {day(key['expires'])}" if key["expires"] else "without an end"
-
-def day(seconds):
-    return time.strftime("%F", time.gmtime(seconds))
 
 def find_key(home, option, name):
     return next(iter(list_keys(home, option, name)), None)
@@ -862,7 +859,6 @@ COMPLAINT_TIME = 60  # seconds between two log lines of one kind
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 PR_SET_DUMPABLE = 4  # linux/prctl.h
-LINK_ADDRESS_MAX = 8  # bytes that Python's sendto takes
 
 class Knock:
     """From its first fragment to the last repeat of its result."""
@@ -885,6 +881,7 @@ class Listener:
         self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
+        self.libc = ctypes.CDLL(None, use_errno=True)
         self.lock = threading.Lock()  # of the three below, which threads share
         self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
@@ -1006,14 +1003,19 @@ class Listener:
     def reply(self, knock, payload):
         """To where the knock came from, by the interface and link address that it came by."""
         packet = knock.packet
-        *interface, address = packet.link
-        if len(address) > LINK_ADDRESS_MAX:
-            address = b""  # a tunnel's, which has one other end
+        name, protocol, kind, hardware, address = packet.link
+        data = respond(packet, payload)
         try:
-            self.sock.sendto(respond(packet, payload), (*interface, address))
+            # struct sockaddr_ll (packet(7)) by hand: a tunnel over IPv6 wants 28 bytes or more of
+            # it, and Python gives 20.
+            where = struct.pack("HHiHBB32s", socket.AF_PACKET, socket.htons(protocol),
+                                socket.if_nametoindex(name), hardware, kind, len(address), address)
+            if self.libc.sendto(self.sock.fileno(), data, len(data), 0, where, len(where)) < 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
         except OSError as error:  # the client repeats itself
-            self.complain("reply", f"{address_in(packet)}: a reply cannot be sent by "
-                                   f"{interface[0]}: {error.strerror}.")
+            self.complain("reply", f"{address_in(packet)}: a reply cannot be sent by {name}: "
+                                   f"{error.strerror}.")
 
     def complain(self, kind, text):
         """Log it, unless there was one of this kind just now."""
@@ -1052,7 +1054,6 @@ def check_unprivileged():
 def leave_roots_memory():
     """No other process of this user reads this one's memory, which has the secret; and what keys
     root's session has (keyrings(7); systemd gives a service none) stay there. Raises OSError."""
-    import ctypes
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     with suppress(OSError):  # the library is missing: there are no such keys either, mostly
@@ -1189,6 +1190,8 @@ KEPT = {
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
 
+IDLE = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"  # no first packet
+
 class Iptables:
     """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
     public_ports, to one more that drops what is not public."""
@@ -1209,22 +1212,27 @@ class Iptables:
 
     def transact(self, family, lines):
         """Change the filter table in one step or not at all (iptables-restore(8))."""
-        run(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
-            data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
+        shown = [line for line in lines if not line.startswith(f"-A {self.hiding_chain}")]
+        hiding = f"; and {self.hiding_chain}'s rules" if len(shown) < len(lines) else ""
+        log(f"+ {IPTABLES[family]}-restore: {'; '.join(shown)}{hiding}")
+        status, output = query(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
+                               data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
+        if status:
+            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore failed: {output.strip()[:300]}")
 
     def put_back(self, family, starting=False):
-        """Make and link what INPUT lacks of ours -> INPUT's rules as they are then."""
-        rules, lines = self.rules(family, "INPUT"), []
-        if f"-A INPUT -j {self.chain}" not in rules:
-            if not self.rules(family, self.chain):
-                lines.append(f"-N {self.chain}")
-            lines.append(f"-I INPUT -j {self.chain}")  # first: before what drops
-        if "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:]) \
-                and f"-A {self.chain} {ESTABLISHED}" not in self.rules(family, self.chain):
-            # Flushed, and the policy drops all: a connection through a door would hang.
-            lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]]
-        if self.public_ports is not None and not self.is_hidden(family, rules):
-            lines += self.hiding_lines(family, rules)
+        """Make and link what INPUT lacks of ours; no door at the start -> INPUT's rules then."""
+        rules, chain = self.rules(family, "INPUT"), self.rules(family, self.chain)
+        lines = [] if chain else [f"-N {self.chain}"]
+        if starting:
+            lines, chain = [*lines, f"-F {self.chain}"], []
+        if not self.jumps() <= set(rules):
+            lines += self.linking_lines(family, rules)
+        # What is established stays so, also when INPUT is hidden later: the kernel tracks it from
+        # now on. Where INPUT was flushed, and its policy drops all, add what else has to go on.
+        flushed = "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:])
+        lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]
+                  if (flushed or rule == ESTABLISHED) and f"-A {self.chain} {rule}" not in chain]
         if not lines:
             return rules
         if not starting:
@@ -1233,26 +1241,25 @@ class Iptables:
         self.transact(family, lines)
         return self.rules(family, "INPUT")
 
-    def hiding_lines(self, family, rules, limit=""):
-        """What makes the hiding chain, and jumps to it right behind the doors: with a time limit,
-        until the kernel ends it."""
-        kept = [rule for rule in rules if rule.startswith("-A") and self.hiding_chain not in rule]
-        doors = f"-A INPUT -j {self.chain}"
-        position = kept.index(doors) + 2 if doors in kept else 2
-        public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
-                  for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-        return [*self.unhiding_lines(rules), f":{self.hiding_chain} - [0:0]",  # made, or emptied
-                *(f"-A {self.hiding_chain} {rule}" for rule in [*KEPT[family], *public, "-j DROP"]),
-                f"-I INPUT {position} {limit}-j {self.hiding_chain}"]
+    def jumps(self):
+        """The rules of INPUT that are ours."""
+        chains = [self.chain] if self.public_ports is None else [self.chain, self.hiding_chain]
+        return {f"-A INPUT -j {chain}" for chain in chains}
 
-    def unhiding_lines(self, rules):
-        return [rule.replace("-A", "-D", 1) for rule in rules
-                if rule.endswith(f"-j {self.hiding_chain}")]
-
-    def is_hidden(self, family, rules):
-        whole = 1 + len(KEPT[family]) + len(self.public_ports) + 1  # -N, these, DROP
-        return f"-A INPUT -j {self.hiding_chain}" in rules \
-            and len(self.rules(family, self.hiding_chain)) == whole
+    def linking_lines(self, family, rules, limit=""):
+        """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
+        behind it to what drops all but the public ports. With a limit the kernel ends that, and
+        until then it takes up TCP connections that it does not know yet: they were idle."""
+        lines = [rule.replace("-A", "-D", 1) for rule in rules
+                 if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
+        if self.public_ports is not None:
+            public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
+                      for port in self.public_ports]  # RETURN: other rules of INPUT still hold
+            lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
+                      *(f"-A {self.hiding_chain} {rule}"
+                        for rule in [*KEPT[family], *public, *([IDLE] if limit else []), "-j DROP"]),
+                      f"-I INPUT {limit}-j {self.hiding_chain}"]
+        return [*lines, f"-I INPUT -j {self.chain}"]
 
     def drops(self, rules):
         """Whether INPUT drops what nothing accepts, as far as iptables can tell."""
@@ -1265,28 +1272,39 @@ class Iptables:
                                                                  "-A INPUT -j REJECT"))
 
     def prepare(self):
-        """At start: link the chains, try the rules that open doors, and empty the doors' chain."""
+        """At the start: link the chains, close every door, try the rules that open doors."""
         for family, program in IPTABLES.items():
             try:
-                self.put_back(family, starting=True)
+                rules = self.put_back(family, starting=True)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
-                run(program, *WAIT, "-F", self.chain)
-                if doubts := self.doubts(self.put_back(family, starting=True)):
+                if doubts := self.doubts(rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
                 if family == 4:
                     raise
                 log(f"No doors for IPv6: {fault}")
 
+    def check(self, family):
+        """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
+        rules = [" ".join(self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
+                 for port in ("9/tcp", "9/udp")]
+        lines = ["*filter", f":{self.chain} - [0:0]", *rules, "COMMIT", ""]
+        status, output = query(f"{IPTABLES[family]}-restore", "--test", "--noflush",
+                               data="\n".join(lines).encode())
+        if status:
+            raise Fault(CONFIG, f"open_tcp_port or open_udp_port is no rule of {IPTABLES[family]}: "
+                                f"{output.strip()[:200]}")
+        return self.doubts(self.rules(family, "INPUT"))
+
     def try_rule(self, door):
-        words = self.words("-A", door)
-        if all(query(*words)[0] for _ in range(2)):  # twice: a lock that is held is no refusal
-            log(f"{words[0]} refuses a rule with a time limit (no xt_time in this kernel?): this "
-                "server ends doors, not the kernel, and kill -9 leaves them open.")
+        if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
+            log(f"{IPTABLES[door.family]} refuses a rule with a time limit (no xt_time in this "
+                "kernel?): this server ends doors, not the kernel, and kill -9 leaves them open.")
             for protocol, template in self.templates.items():
                 self.templates[protocol] = template.replace(TIME_LIMIT, "")
             run(*self.words("-A", door))
+        query(*self.words("-D", door))
 
     def words(self, action, door):
         rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
@@ -1306,7 +1324,9 @@ class Iptables:
         found = []
         doors = f"-A INPUT -j {self.chain}"
         before = itertools.takewhile(lambda rule: rule != doors, rules[1:])
-        if not all(rule.endswith("-j ACCEPT") for rule in before):
+        if doors not in rules:
+            found.append("INPUT does not lead to the doors (does the server run?)")
+        elif not all(rule.endswith("-j ACCEPT") for rule in before):
             found.append("another rule stands before Tariq's in INPUT, and may refuse you")
         if "legacy" in rules[0]:  # iptables' warning about tables of its older kind
             found.append("the tables of iptables-legacy may refuse you")
@@ -1370,21 +1390,21 @@ def cmd_hide(options):
     firewall = Iptables(config)
     if "open_command" in config.values["server"]:
         raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    ports = [port_of(word) for word in options.ports]
+    if not take_lock(firewall.hiding_chain):
+        raise Fault(SYSTEM, "hide runs already, in another terminal: end it there (Ctrl-C).")
     if options.undo:
         return unhide(config, firewall)
-    ports = [port_of(word) for word in options.ports]
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
                            f"public_ports in {config.path}, or begin anew after hide --undo.")
     if take_lock(firewall.chain):
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
-    if not take_lock(firewall.hiding_chain):
-        raise Fault(SYSTEM, "hide runs already, in another terminal.")
     firewall.public_ports = ports
     hidden = [port for port in listening_ports() if port not in ports]
     log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
         f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
-    kept, fewest = False, packets_in(firewall)
+    kept, before = False, packets_in(firewall)
     try:
         limit = time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL))
         hide(firewall, limit)
@@ -1393,8 +1413,9 @@ def cmd_hide(options):
         end = monotonic() + TRIAL
         while monotonic() < end and not kept:
             time.sleep(1)
-            packets = packets_in(firewall)
-            kept, fewest = packets > fewest, min(packets, fewest)  # fewer: a door was closed
+            now = packets_in(firewall)
+            kept = any(count > before.get(rule, 0) for rule, count in now.items())
+            before = now
         if kept:
             set_public_ports(config.path, ports)
             hide(firewall)
@@ -1408,23 +1429,24 @@ def cmd_hide(options):
         "sudo tariq.py hide --undo ends it.")
 
 def hide(firewall, limit=""):
-    for family in IPTABLES:
+    for family, program in IPTABLES.items():
         try:
             rules = firewall.rules(family, "INPUT")
-            firewall.transact(family, firewall.hiding_lines(family, rules, limit))
+            firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, f"Nothing is hidden: {fault} (Where the kernel has no xt_time, "
-                                    "hide cannot end by itself, and does nothing.)")
-            log("This kernel has no IPv6: nothing to hide there.")
+                raise Fault(SYSTEM, "Nothing is hidden: without a rule that ends by itself (xt_time "
+                                    f"in the kernel) there would be no way back. {fault}")
+            log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
     if "public_ports" in config.values["server"]:
         set_public_ports(config.path, None)
+    firewall.public_ports = None
     for family in IPTABLES:
         with suppress(Fault):
-            lines = firewall.unhiding_lines(firewall.rules(family, "INPUT"))
+            lines = firewall.linking_lines(family, firewall.rules(family, "INPUT"))
             if firewall.rules(family, firewall.hiding_chain):
                 lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
             firewall.transact(family, lines)
@@ -1440,9 +1462,13 @@ def listening_ports():
     return sorted(ports, key=lambda port: int(port.partition("/")[0]))
 
 def packets_in(firewall):
-    """How many packets that begin a connection have come in through the doors."""
-    rules = [rule for family in IPTABLES for rule in firewall.rules(family, firewall.chain, "-v")]
-    return sum(int(re.search(r" -c (\d+)", rule)[1]) for rule in rules if "NEW" in rule)
+    """{rule of a door: how many packets that begin a connection have come in by it}"""
+    packets = {}
+    for family in IPTABLES:
+        for rule in firewall.rules(family, firewall.chain, "-v"):
+            if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
+                packets[rule.replace(counters[1], "")] = int(counters[2])
+    return packets
 
 def take_lock(name):
     """Hold a lock of this network namespace, as each has its own chains, until this process ends,
@@ -1545,10 +1571,11 @@ class Monitor:
             else:
                 seconds = config.get("open_timeout", [section, "server"], 3600)
                 text = self.move_doors(command, ip, user, seconds)
-                self.finish(knock_id, event, True, 0, text)
+                self.finish(knock_id, f"{event}: {text}", result_of(True, 0, text.encode()))
         except Exception as error:  # whatever becomes of one request, doors are watched
             fault = as_fault(error)
-            self.finish(knock_id, event, False, fault.code, str(fault))
+            self.finish(knock_id, f"{event}: {fault}",
+                        result_of(False, fault.code, str(fault).encode()))
         self.look_after_firewall()
 
     def named(self, text):
@@ -1646,17 +1673,13 @@ class Monitor:
     def await_command(self, process, knock_id, event):
         status, output = finished(process)
         self.command_slots.release()
-        log(f"{event}: exit status {status}")
-        self.give(knock_id, True, status, output)
+        self.finish(knock_id, f"{event}: exit status {status}", result_of(True, status, output))
 
-    def finish(self, knock_id, event, done, status, text):
+    def finish(self, knock_id, event, result):
         """Log one event (who, from where, what, verdict), and give the listener the result."""
-        log(f"{event}: {text}")
-        self.give(knock_id, done, status, text.encode())
-
-    def give(self, knock_id, done, status, text):
+        log(event)
         with suppress(OSError):  # a listener that does not read must not stop the monitor
-            self.channel.send(knock_id + result_of(done, status, text), socket.MSG_DONTWAIT)
+            self.channel.send(knock_id + result, socket.MSG_DONTWAIT)
 
     def start_listener(self):
         """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
@@ -1721,7 +1744,6 @@ SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/soc
 
 def packet_socket(ports):
     """A socket that gets frames only, of all interfaces; root's filter on it is locked."""
-    import ctypes
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # gets none until it is bound
     lines = filter_lines(ports)
     labels = {label: number for number, (label, *_) in enumerate(lines) if label}
@@ -1925,23 +1947,29 @@ def cmd_check(options):
     need_root()
     config = Config(options.config, root=True)
     faults = config.all_faults()
-    if home := config.get("server_gpg_dir", default=None):
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            faults.append(str(as_fault(error)))
+    if "server" not in config.faults:
+        home = config.get("server_gpg_dir")
+        attempt(as_owner, home)
         keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
-                for key in list_keys(home, option)}  # one that is secret comes last
-        wanted = {config.get("server_key", default=""): "server", **config.clients}
-        for fingerprint, section in wanted.items():
+                for key in attempt(list_keys, home, option) or []}
+        for fingerprint, section in {config.get("server_key"): "server", **config.clients}.items():
             key = keys.get(fingerprint)
             if section == "server" and key and key["kind"] != "sec":
                 key = None
             if trouble := trouble_with(key):
                 faults.append(f"The key of [{section}] {trouble} {home}.")
             else:
-                log(f"The key of [{section}] is good {end_of(key)}.")
-    if "open_command" not in config.values.get("server", {}):
-        firewall = Iptables(config)
-        for family, program in IPTABLES.items():
-            doubts = firewall.doubts(firewall.rules(family, "INPUT"))
-            log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+                log(f"The key of [{section}] is good, and expires: {key['expires']}.")
+        monitor = attempt(Monitor, config, "")
+        if monitor and isinstance(monitor.firewall, Iptables):
+            for family, program in IPTABLES.items():
+                doubts = attempt(monitor.firewall.check, family)
+                log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
     for line in faults:
         log(f"FAULT: {line}")
     return CONFIG if faults else 0
@@ -2001,7 +2029,7 @@ def cmd_enroll(options):
     if section:
         now = find_key(home, "--list-keys", fingerprint)
         news = "nothing is new" if now == before else \
-            f"its key is updated, and {trouble_with(now) or 'good ' + end_of(now)}"
+            f"its key is updated: it {trouble_with(now) or 'expires: ' + now['expires']}"
         log(f"[{section}] is there already: {news}. What it may do stays as it is.")
     else:
         may = "".join(f"\n    {line}" for line in lines)
