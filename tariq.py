@@ -34,8 +34,8 @@ The parts, in the order of the file, and who reads what before trusting it with 
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
-import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
+import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json
+import os, queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
 import time, zlib
 from collections import OrderedDict, namedtuple
 from contextlib import suppress
@@ -642,7 +642,7 @@ def find_routes(host, family, ports):
         raise Fault(NO_ANSWER, f"{host} has no address that can be found here: is it written "
                                f"right? ({error.strerror})")
     routes = []
-    for family, _, _, _, where in found[:ADDRESSES_MAX]:
+    for family, _, _, _, where in found:
         targets = [(where[0], port, *where[2:]) for port in ports]
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(targets[0])  # sends nothing: it looks up the route
@@ -651,7 +651,10 @@ def find_routes(host, family, ports):
     if not routes:
         raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
                                "up here?")
-    return routes
+    # Both families soon: the first address, the first of the other family, then the rest.
+    firsts = list({route.family: route for route in reversed(routes)}.values())[::-1]
+    firsts.sort(key=routes.index)
+    return [*firsts, *(route for route in routes if route not in firsts)][:ADDRESSES_MAX]
 
 # Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
 # what `ipaddress` says of these depends on its version.
@@ -1201,7 +1204,8 @@ class Iptables:
         self.hiding_chain = f"{self.chain}-hide"
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
-        self.public_ports = config.values["server"].get("public_ports")  # None: INPUT is not ours
+        self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
+        self.last_port = config.get("secret_ports")[-1]  # of a knock: answers come there
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them; [] where there is no such chain."""
@@ -1218,7 +1222,7 @@ class Iptables:
         status, output = query(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
                                data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
         if status:
-            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore failed: {output.strip()[:300]}")
+            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore refuses this.", output[:300])
 
     def put_back(self, family, starting=False):
         """Make and link what INPUT lacks of ours; no door at the start -> INPUT's rules then."""
@@ -1226,11 +1230,12 @@ class Iptables:
         lines = [] if chain else [f"-N {self.chain}"]
         if starting:
             lines, chain = [*lines, f"-F {self.chain}"], []
-        if not self.jumps() <= set(rules):
+        if starting or not self.jumps() <= set(rules):
             lines += self.linking_lines(family, rules)
         # What is established stays so, also when INPUT is hidden later: the kernel tracks it from
         # now on. Where INPUT was flushed, and its policy drops all, add what else has to go on.
-        flushed = "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:])
+        flushed = "-P INPUT DROP" in rules \
+            and all(self.chain in rule for rule in rules if rule.startswith("-A"))
         lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]
                   if (flushed or rule == ESTABLISHED) and f"-A {self.chain} {rule}" not in chain]
         if not lines:
@@ -1255,9 +1260,10 @@ class Iptables:
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
+            idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", IDLE] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, *([IDLE] if limit else []), "-j DROP"]),
+                        for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1278,7 +1284,7 @@ class Iptables:
                 rules = self.put_back(family, starting=True)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
-                if doubts := self.doubts(rules):
+                if doubts := self.doubts(family, rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
                 if family == 4:
@@ -1295,7 +1301,7 @@ class Iptables:
         if status:
             raise Fault(CONFIG, f"open_tcp_port or open_udp_port is no rule of {IPTABLES[family]}: "
                                 f"{output.strip()[:200]}")
-        return self.doubts(self.rules(family, "INPUT"))
+        return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
         if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
@@ -1317,22 +1323,23 @@ class Iptables:
         """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
         rules = self.put_back(door.family)
         run(*self.words("-A", door))
-        return self.doubts(rules)
+        return self.doubts(door.family, rules)
 
-    def doubts(self, rules):
+    def doubts(self, family, rules):
         """What rules of INPUT are not as doors need them, in words, or ''."""
-        found = []
-        doors = f"-A INPUT -j {self.chain}"
-        before = itertools.takewhile(lambda rule: rule != doors, rules[1:])
+        found, doors = [], f"-A INPUT -j {self.chain}"
+        before = itertools.takewhile(lambda rule: rule != doors, rules)
         if doors not in rules:
             found.append("INPUT does not lead to the doors (does the server run?)")
-        elif not all(rule.endswith("-j ACCEPT") for rule in before):
+        elif not all(rule.endswith("-j ACCEPT") for rule in before if rule.startswith("-A")):
             found.append("another rule stands before Tariq's in INPUT, and may refuse you")
-        if "legacy" in rules[0]:  # iptables' warning about tables of its older kind
-            found.append("the tables of iptables-legacy may refuse you")
+        if rules[0].startswith("#"):  # a warning: the older kind of iptables has rules, too
+            older = f"{IPTABLES[family]}-legacy"
+            if re.search("DROP|REJECT", query(older, "-S", "INPUT")[1]):
+                found.append(f"the rules of {older} may refuse you")
         if not self.drops(rules):
             found.append("INPUT drops nothing: no port is hidden")
-        return " and ".join(found)
+        return "; ".join(found)
 
     def close(self, door):
         """-> whether it was open."""
@@ -1397,9 +1404,12 @@ def cmd_hide(options):
         return unhide(config, firewall)
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
-                           f"public_ports in {config.path}, or begin anew after hide --undo.")
+                           f"public_ports in {config.path}, and restart the server.")
     if take_lock(firewall.chain):
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
+    for family in IPTABLES:
+        with suppress(Fault):  # `hide` says it
+            firewall.put_back(family)
     firewall.public_ports = ports
     hidden = [port for port in listening_ports() if port not in ports]
     log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
@@ -1435,8 +1445,8 @@ def hide(firewall, limit=""):
             firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, "Nothing is hidden: without a rule that ends by itself (xt_time "
-                                    f"in the kernel) there would be no way back. {fault}")
+                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by itself "
+                                    "(xt_time in the kernel) there is no way back.", fault.detail)
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
@@ -1536,7 +1546,7 @@ class Monitor:
                 config = Config(self.config.path, root=True)
                 config.require("server")
                 self.config = config
-                self.firewall.public_ports = config.values["server"].get("public_ports")
+                self.firewall.public_ports = config.get("public_ports", default=None)
                 for line in config.all_faults():
                     log(line)
             except (Fault, OSError) as error:
@@ -1603,11 +1613,11 @@ class Monitor:
         return f"opened {names} for {last.source} until {last.end()}{doubt}"
 
     def open(self, door):
-        known = self.doors.get(door.key)
-        if known and known.user != door.user and known.until > door.until:
-            return ""  # who shares an address shares its doors: this one stays open longer
-        if known:
-            self.close(known)  # opened again, it has a new end
+        """O, for one port -> why it may be shut all the same, in words, or ''. Raises Fault."""
+        if known := self.doors.get(door.key):
+            if known.user != door.user and known.until > door.until:
+                door = known  # who shares an address shares its doors: the later end holds
+            self.close(known)
         owned = [other for other in self.doors.values() if other.user == door.user]
         if len(owned) >= DOORS_MAX:
             self.close(owned[0])  # the oldest
@@ -1858,13 +1868,18 @@ def locked_directory(path):
     return directory
 
 def write_file(path, text, mode=0o600):
-    """Write a file, whole or not at all: the server may read it at any moment."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
+    try:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(f"{path}.new")
+        raise Fault(SYSTEM, f"{path} cannot be written: {error.strerror}. It is as it was.")
     log(f"wrote {path}")
 
 def set_public_ports(path, ports):
@@ -1891,7 +1906,8 @@ def install():
     files = [(PROGRAM, source, 0o755), *([(UNIT_PATH, UNIT, 0o644)] if systemd else [])]
     for path, text, mode in files:
         with suppress(OSError), open(path, encoding="utf-8") as file:
-            if file.read() == text:
+            status = os.fstat(file.fileno())
+            if (file.read(), status.st_uid, status.st_mode & 0o777) == (text, 0, mode):
                 continue
         write_file(path, text, mode)
     return systemd
@@ -1997,7 +2013,8 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    log(f"the key of {options.user} is {key} (knocks use that of `user` in {path})")
+    log(f"The key of {options.user} {known and trouble_with(known) or 'is ' + key}. Knocks are "
+        f"signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
