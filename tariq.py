@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -I
+#!/usr/bin/python3 -IS
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
 you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
@@ -75,6 +75,12 @@ class Fault(Exception):
 def missing(name):
     package = PACKAGES.get(name.partition(".")[0], name)
     return Fault(MISSING, f"{name} is missing on this machine: apt-get install {package}")
+
+def find_packages():
+    """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
+    where it is not asked for, and none ever as root."""
+    import site
+    site.main()
 
 def as_fault(error):
     """Any exception as a Fault: this is where the rest of them get their words."""
@@ -413,6 +419,7 @@ def cover_image(directory):
     """SIDE x SIDE RGB samples: a random PNG of the directory; without one, random. Raises Fault."""
     if not directory:
         return os.urandom(SIDE * ROW)
+    find_packages()
     from PIL import Image
     path = os.path.expanduser(directory)
     try:
@@ -612,6 +619,7 @@ class Crafted:
     kernel, which knows nothing of the connection, answers the SYN-ACK with RST: that is ignored."""
 
     def __init__(self, route, frames):
+        find_packages()
         try:
             self.raw = socket.socket(route.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
@@ -715,8 +723,10 @@ class Client:
         self.server_key = config.get("server_key", sections)
         self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
         self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = options.address or config.get("address", sections, "")
-        self.ports = options.ports or config.get("secret_ports", sections)
+        self.address = parse("address", options.address) if options.address \
+            else config.get("address", sections, "")
+        self.ports = parse("secret_ports", options.ports) if options.ports \
+            else config.get("secret_ports", sections)
         self.shared = shared_key(config.get("secret", sections), self.ports)
         self.target = config.get("host", sections, options.host)  # what is knocked at
 
@@ -1193,8 +1203,6 @@ KEPT = {
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
 
-IDLE = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"  # no first packet
-
 class Iptables:
     """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
     public_ports, to one more that drops what is not public."""
@@ -1205,7 +1213,6 @@ class Iptables:
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
         self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
-        self.last_port = config.get("secret_ports")[-1]  # of a knock: answers come there
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them; [] where there is no such chain."""
@@ -1253,17 +1260,16 @@ class Iptables:
 
     def linking_lines(self, family, rules, limit=""):
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
-        behind it to what drops all but the public ports. With a limit the kernel ends that, and
-        until then it takes up TCP connections that it does not know yet: they were idle."""
+        behind it to what drops all but the public ports, until a limit at which the kernel ends
+        that."""
         lines = [rule.replace("-A", "-D", 1) for rule in rules
                  if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-            idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", IDLE] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
+                        for rule in [*KEPT[family], *public, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1392,21 +1398,32 @@ def cmd_hide(options):
         sudo tariq.py hide 80 443/tcp 443/udp
         sudo tariq.py hide --undo"""
     need_root()
-    config = Config(options.config, root=True)
-    config.require("server")
-    firewall = Iptables(config)
-    if "open_command" in config.values["server"]:
-        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
     ports = [port_of(word) for word in options.ports]
+    config = Config(options.config, root=True)
+    firewall = Iptables(config)
     if not take_lock(firewall.hiding_chain):
         raise Fault(SYSTEM, "hide runs already, in another terminal: end it there (Ctrl-C).")
     if options.undo:
         return unhide(config, firewall)
+    config.require("server")
+    if "open_command" in config.values["server"]:
+        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    if query("timeout", "5", "firewall-cmd", "--state")[0] == 0:  # 127: there is none
+        raise Fault(CONFIG, "firewalld runs here, and would flush what hide makes: hide by its "
+                            "means (README, Firewalls of your own).")
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
                            f"public_ports in {config.path}, and restart the server.")
     if take_lock(firewall.chain):
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
+    if not try_hiding(config, firewall, ports):
+        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
+                               "sudo tariq.py check says what is wrong.")
+    log("A connection came in through a door: hidden for good, also after a reboot. "
+        "sudo tariq.py hide --undo ends it.")
+
+def try_hiding(config, firewall, ports):
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
@@ -1414,10 +1431,11 @@ def cmd_hide(options):
     hidden = [port for port in listening_ports() if port not in ports]
     log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
         f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
+        signal.signal(number, signal.default_int_handler)
     kept, before = False, packets_in(firewall)
     try:
-        limit = time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL))
-        hide(firewall, limit)
+        hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
             "(O 22), then connect (ssh).")
         end = monotonic() + TRIAL
@@ -1432,11 +1450,7 @@ def cmd_hide(options):
     finally:
         if not kept:
             unhide(config, firewall)
-    if not kept:
-        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
-                               "sudo tariq.py check says what is wrong.")
-    log("A connection came in through a door: hidden for good, also after a reboot. "
-        "sudo tariq.py hide --undo ends it.")
+    return kept
 
 def hide(firewall, limit=""):
     for family, program in IPTABLES.items():
@@ -1445,8 +1459,9 @@ def hide(firewall, limit=""):
             firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by itself "
-                                    "(xt_time in the kernel) there is no way back.", fault.detail)
+                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by "
+                                    "itself (xt_time in the kernel) there is no way back.",
+                            fault.detail)
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
@@ -1883,13 +1898,14 @@ def write_file(path, text, mode=0o600):
     log(f"wrote {path}")
 
 def set_public_ports(path, ports):
-    """Set public_ports in a server's config, or take it out (None); all else stays as it is."""
+    """Set public_ports in [server], or take it out (None); all else stays as it is."""
     locked_directory(path)
-    text = re.sub(r"(?m)^public_ports *=.*\n", "", Config(path, root=True).text)
+    text = Config(path, root=True).text
+    server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
+    header, rest = re.sub(r"(?mi)^public_ports *=.*\n", "", server).split("\n", 1)
     if ports is not None:
-        line = f"public_ports = {', '.join(ports) or 'none'}\n"
-        text = re.sub(r"(?m)^\[server\].*\n", lambda header: header[0] + line, text, count=1)
-    write_file(path, text)
+        header += f"\npublic_ports = {', '.join(ports) or 'none'}"
+    write_file(path, text.replace(server, f"{header}\n{rest}"))
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -1918,9 +1934,10 @@ def cmd_init(options):
 
         sudo ./tariq.py init"""
     need_root()
-    import importlib.util, pwd, shutil
-    needed = {PACKAGES[name] for name in PACKAGES if not shutil.which(name)
-              and not (name in ("scapy", "PIL") and importlib.util.find_spec(name))}
+    import importlib.machinery, pwd, shutil, site
+    find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
+    needed = {PACKAGES[name] for name in PACKAGES
+              if not shutil.which(name) and not find_spec(name, places)}
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
@@ -2096,7 +2113,7 @@ def command_line():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="store_true",
                         help="print the version, and the SHA-256 of this very file")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="tariq.py", metavar="COMMAND", required=True)
     add = {}
     for function, config in (
             (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
@@ -2118,16 +2135,14 @@ def command_line():
     add["join"]("host", help="the server's name or address, as you will knock at it")
     add = add["knock"]
     add("-u", "--user", help="sign with the key of this user")
-    add("-p", "--ports", help="knock at these secret_ports",
-        type=lambda text: parse("secret_ports", text))
+    add("-p", "--ports", help="knock at these secret_ports")
     add("-i", "--img-dir", help="hide the request in a PNG image of this folder")
     add("-g", "--gpg-dir", help="use this keyring")
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0,
             help=f"knock by IPv{flag[1]} only")
     add("-t", "--timeout", type=float, default=10, help="give up after so many seconds (10)")
-    add("--address", help="the address that the server should see (behind NAT), or any",
-        type=lambda text: parse("address", text))
+    add("--address", help="the address that the server should see (behind NAT), or any")
     add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
         help="send by this only; kernel and udp take turns otherwise")
     add("-v", "--verbose", action="store_true", help="say each step, and what gpg said")
