@@ -1408,7 +1408,8 @@ def cmd_hide(options):
     config.require("server")
     if "open_command" in config.values["server"]:
         raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
-    if query("timeout", "5", "firewall-cmd", "--state")[0] == 0:  # 127: there is none
+    firewalld = "/usr/bin/firewall-cmd"
+    if os.path.exists(firewalld) and query(firewalld, "--state")[0] == 0:
         raise Fault(CONFIG, "firewalld runs here, and would flush what hide makes: hide by its "
                             "means (README, Firewalls of your own).")
     if firewall.public_ports is not None:
