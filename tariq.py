@@ -660,9 +660,9 @@ def find_routes(host, family, ports):
         raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
                                "up here?")
     # Both families soon: the first address, the first of the other family, then the rest.
-    firsts = list({route.family: route for route in reversed(routes)}.values())[::-1]
-    firsts.sort(key=routes.index)
-    return [*firsts, *(route for route in routes if route not in firsts)][:ADDRESSES_MAX]
+    other = [route for route in routes if route.family != routes[0].family][:1]
+    rest = [route for route in routes[1:] if route not in other]
+    return [routes[0], *other, *rest][:ADDRESSES_MAX]
 
 # Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
 # what `ipaddress` says of these depends on its version.
@@ -895,9 +895,9 @@ class Listener:
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.lock = threading.Lock()  # of the three below, which threads share
-        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
+        self.lock = threading.Lock()  # of these two, which threads share
+        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
@@ -924,27 +924,30 @@ class Listener:
             return None
         if sent <= self.began <= now:
             return None  # perhaps a replay from before the start (a clock set back: no telling)
-        if nonce in self.seen or packet.own_port != self.ports[min(position, self.last)]:
+        if packet.own_port != self.ports[min(position, self.last)] or not self.remember(nonce):
             return None
-        self.remember(nonce)
         return position, knock_id, piece, packet
 
     def remember(self, token):
+        """-> whether it is new."""
         with self.lock:
+            if token in self.seen:
+                return False
             self.seen[token] = None
             if len(self.seen) > SEEN_MAX:
                 self.seen.popitem(last=False)
+        return True
 
     def collect(self, position, knock_id, piece, packet):
         """A frame to its knock, whose address is where its last fragment first came from."""
         with self.lock:
-            knock = self.knocks.get(knock_id)
+            knock, ended = self.knocks.get(knock_id), knock_id in self.seen
         if knock:  # a thread serves it: a last fragment again, or an answer, is for that thread
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet  # replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
                     knock.frames.put_nowait(piece)
-        elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
+        elif position <= self.last and not ended:
             knock = self.partial.setdefault(knock_id, Knock())
             if len(self.partial) > KNOCKS_MAX:
                 self.partial.popitem(last=False)
@@ -1093,15 +1096,15 @@ def cmd_listener(descriptors):
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
 #
-#   program                               by              as            time     output is cut at
-#   iptables, ip6tables, -restore         run             root          15 s     OUTPUT_ROOM
-#   open_command, close_command           run             root          15 s     OUTPUT_ROOM
-#   a client's permitted command (E)      Monitor         root          command_timeout, OUTPUT_ROOM
-#   ss, useradd, systemctl, timedatectl   run             root          60 s     OUTPUT_ROOM
-#   gpg (init, enroll, check: never on    gpg             keyring's     60 s     memory
-#     what came from the network)                           owner
-#   this file as the listener             start_listener  keyring's     no end   /dev/null
-#                                                           owner
+#   program                              by              as               time      output
+#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   open_command, close_command          run             root             15 s      OUTPUT_ROOM
+#   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
+#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
+#     id, gpgconf, systemctl (init)
+#   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
+#     (init, check, enroll)
+#   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1140,11 +1143,11 @@ def query(*words, seconds=15, data=b""):
         raise missing(words[0])
     return status, output.decode(errors="replace")
 
-def run(*words, accept=0, seconds=15, data=b""):
+def run(*words, accept=0, seconds=15):
     """Log and run a program that changes something -> (exit status up to `accept`, its output).
     Raises Fault."""
-    log(f"+ {shlex.join(words)}" + "".join(f"; {line}" for line in data.decode().splitlines()))
-    status, output = query(*words, seconds=seconds, data=data)
+    log(f"+ {shlex.join(words)}")
+    status, output = query(*words, seconds=seconds)
     if status > accept:
         raise Fault(SYSTEM, f"{words[0]} failed: {output.strip()[:300] or f'status {status}'}")
     return status, output
