@@ -2039,8 +2039,8 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    log(f"The key of {options.user} {known and trouble_with(known, 'S') or 'is ' + key}. Knocks are "
-        f"signed by that of `user` in {path}.")
+    state = known and trouble_with(known, "S") or f"is {key}"
+    log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
