@@ -1151,7 +1151,7 @@ def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_see
     def scan():
         """Every port of the server, as nmap on a third host sees it."""
         report = box.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000", "--max-retries", "0",
-                               "-oG", "-", box.server.ip, timeout=120).stdout
+                               "-oG", "-", box.server.ip).stdout
         assert "Ports:" not in report or "/open/" not in report and "/closed/" not in report, report
     scan()
     assert not box.client.connects(box.server.ip)
@@ -2167,7 +2167,7 @@ def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, 
     ports = range(2000, 2050)  # a port for each knock: its rule tells whose it is
     with serving(idle) as server, ThreadPoolExecutor(4) as pool:  # each has its share of the machine
         results = list(pool.map(lambda port: knock(idle, "O", port, transport=transport,
-                                                   host=client(port), options=["-v"]), ports))
+                                                   host=client(port), options=["-v"], timeout=40), ports))
         counters = lossy.run("iptables", "-nvxL", "loss").stdout
         drops = [int(line.split()[0]) for line in counters.splitlines() if "DROP" in line]
         assert len(drops) == 2 and min(drops) > 8, f"the network lost too little to prove anything: {drops}"
