@@ -17,7 +17,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from types import SimpleNamespace
 
-LONG = 120  # seconds that what will happen may take on the slowest machine: else it takes no time
+LONG = 60  # seconds that what will happen may take on the slowest machine: else it takes no time
 HERE = Path(__file__).resolve().parent
 TARIQ = HERE / "tariq.py"
 NOBODY = 65534
