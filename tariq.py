@@ -89,7 +89,7 @@ def as_fault(error):
         return error
     if isinstance(error, ImportError):
         return missing(error.name or str(error))
-    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
+    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
         return Fault(USAGE, str(error))
@@ -303,7 +303,7 @@ def owner_of(directory):
 def as_owner(directory):
     """The words by which root runs a program as a keyring's owner, without a capability."""
     user, group = owner_of(directory)
-    if not user:
+    if not user or not group:
         raise Fault(CONFIG, f"{directory} is root's, and has to be another user's, who can do "
                             f"nothing else: chown -R tariq: {directory}")
     return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups",
@@ -331,7 +331,8 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
-    return done.stdout, done.stderr.decode(errors="replace"), said
+    # Only ASCII: gpg escapes what would end a line or word in that, but not U+2028 and its like.
+    return done.stdout, done.stderr.decode("ascii", "replace"), said
 
 def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
@@ -350,7 +351,7 @@ def list_keys(home, *arguments, data=b""):
     of `data`. A name that is not there lists none. Raises Fault."""
     listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
     keys = []
-    for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
+    for line in listing.decode(errors="replace").split("\n"):  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
         if kind in ("pub", "sec"):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
@@ -386,33 +387,26 @@ def seal(home, data, signer, recipient):
                "--sign", "--hidden-recipient", recipient, "--encrypt", data=data,
                seconds=SIGNED_WITHIN)[0]
 
-# A seal counts if gpg says each of these once. DECRYPTION_OKAY comes after the check of integrity;
-# NEWSIG begins a signature; GOODSIG: correct, by a key that is neither expired nor revoked.
-PROOFS = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
+# A seal counts if gpg's status lines (GnuPG doc/DETAILS) have each of these once. PLAINTEXT: one
+# message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
+# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when.
+PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
 TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
-REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again",
-            "REVKEYSIG": "is revoked",
-            "ERRSIG": "is not in the server's keyring (or a new subkey is not): enroll it",
-            "BADSIG": "has not made this signature"}
 
 def unseal(home, sealed, own):
-    """Decrypt with the key `own` only, verify -> (fingerprint of the signer's primary key, at most
-    PLAIN_MAX bytes). Takes only what status lines prove: gpg's exit status is 2 where it tried an
-    old subkey first. Raises Fault."""
+    """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
+    PLAIN_MAX bytes). Takes only what status lines prove, and not gpg's exit status, which is 2
+    where it tried an older subkey first. (Hidden recipients are tried with `own` only; that the
+    request is meant for `own` the signer says, in "to".) Raises Fault."""
     plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
-    # [GNUPG:] keyword argument...
-    status = [words for line in lines.splitlines() if (words := line.split()[1:])]
+    status = [line.split(" ")[1:] for line in lines.split("\n") if line.startswith("[GNUPG:] ")]
     keywords = [words[0] for words in status]
-    for keyword, *words in status:
-        if keyword in REFUSALS:
-            name = " ".join(words[1:]) if keyword != "ERRSIG" else f"key {words[0]}"
-            raise Fault(BAD_DATA, f"the signer's key, {name}, {REFUSALS[keyword]}.")
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
             or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
-        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", said[-300:])
+        raise Fault(BAD_DATA, why_refused(status), said[-300:])
     # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
     valid = status[keywords.index("VALIDSIG")]
     timestamp, signer = int(valid[3]), valid[10]
@@ -420,6 +414,18 @@ def unseal(home, sealed, own):
         raise Fault(BAD_DATA, f"{signer} signed it {time.time() - timestamp:.0f} s ago, and "
                               f"{SIGNED_WITHIN} is the most: set the clocks.")
     return signer, plain
+
+REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again", "REVKEYSIG": "is revoked",
+            "ERRSIG": "or a new subkey of it is not in the server's keyring: enroll it",
+            "BADSIG": "has not made this signature"}
+
+def why_refused(status):
+    """Status lines of a seal that does not count -> why, for the log."""
+    for keyword, *words in status:
+        if keyword in REFUSALS:  # key id, then a user id, or for ERRSIG numbers
+            name = words[0] if keyword == "ERRSIG" else " ".join(words[1:])
+            return f"the signer's key, {name}, {REFUSALS[keyword]}."
+    return "not one encrypted message with one valid signature."
 
 # ---- image: data and a cover in, a PNG out, and back (steganography); others' once verified ------
 SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
@@ -1015,24 +1021,30 @@ class Listener:
                                   "knock.")
         # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
+        challenge = nonce, self.patience, address
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
-        proof = None
-        while proof is None or not hmac.compare_digest(proof, expected):
-            # The challenge; and again for each frame that is not the answer: the client waits.
-            self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
-            try:
-                proof = knock.frames.get(timeout=max(0, end - monotonic()))
-            except queue.Empty:
+        self.reply(knock, challenge_of(reply_key, *challenge))
+        while not hmac.compare_digest(piece := self.next_frame(knock, end), expected):
+            if not piece:
                 return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
                                 "replies or the answers are lost on the way, or somebody else is.")
+            self.reply(knock, challenge_of(reply_key, *challenge))  # the client still waits for it
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
             result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
             end = monotonic() + REPEAT_TIME
-            while True:
+            self.reply(knock, frame(reply_key, b"result", result))
+            while self.next_frame(knock, end):
                 self.reply(knock, frame(reply_key, b"result", result))
-                knock.frames.get(timeout=max(0, end - monotonic()))
+
+    def next_frame(self, knock, end):
+        """What the client sends again, or its answer; b"" when the time is over."""
+        left = end - monotonic()
+        with suppress(queue.Empty):
+            if left > 0:
+                return knock.frames.get(timeout=left)
+        return b""
 
     def reply(self, knock, payload):
         """To where the knock came from, by the interface and link address that it came by."""
@@ -1096,10 +1108,10 @@ def leave_roots_memory():
 def cmd_listener(descriptors):
     """What the monitor starts: two descriptors, its packet socket and its end of the channel."""
     sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
-    listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
     try:
         check_unprivileged()
-        leave_roots_memory()
+        leave_roots_memory()  # before there is a secret in it
+        listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
         if trouble := trouble_with(key, "E"):
@@ -1109,7 +1121,7 @@ def cmd_listener(descriptors):
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
-        listener.log(f"{fault} {fault.detail}")  # and the monitor sees the channel close
+        channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
@@ -1199,12 +1211,15 @@ class Door:
             return "closed"
         return time.strftime("%F %TZ" if self.seconds >= 86400 else "%TZ", time.gmtime(self.until))
 
+    def seconds_left(self):
+        return max(1, round(self.deadline - monotonic())) if self.deadline else NFT_SECONDS_MAX
+
     def fill(self, template):
         """The words of a template, with its {fields}. Other braces stay as they are."""
         fields = {
             "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
             "dport": self.number, "protocol": self.protocol,
-            "seconds": str(min(self.seconds or NFT_SECONDS_MAX, NFT_SECONDS_MAX)),
+            "seconds": str(min(self.seconds_left(), NFT_SECONDS_MAX)),
             "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
         }
         def value(match):
@@ -1318,13 +1333,15 @@ class Iptables:
             except Fault as fault:
                 if family == 4:
                     raise
-                log(f"No doors for IPv6: {fault}")
+                hidden = ", and nothing of it is hidden" if self.public_ports is not None else ""
+                log(f"No doors for IPv6{hidden}: {fault}")
         if not all("{until}" in template for template in self.templates.values()):
             log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
     def check(self, family):
         """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
-        rules = [" ".join(self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
+        rules = [" ".join(json.dumps(word) if " " in word else word for word in
+                          self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
                  for port in ("9/tcp", "9/udp")]
         lines = ["*filter", f":{self.chain} - [0:0]", *rules, "COMMIT", ""]
         status, output = query(f"{IPTABLES[family]}-restore", "--test", "--noflush",
@@ -1493,12 +1510,15 @@ def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
     if "public_ports" in config.values["server"]:
         set_public_ports(config.path, None)
-    firewall.public_ports = None
     for family in IPTABLES:
-        with suppress(Fault):
-            lines = firewall.linking_lines(family, firewall.rules(family, "INPUT"))
-            if firewall.rules(family, firewall.hiding_chain):
-                lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        rules = []
+        with suppress(Fault):  # without ip6tables nothing was hidden by it
+            rules = firewall.rules(family, "INPUT")
+        lines = [rule.replace("-A", "-D", 1) for rule in rules
+                 if rule.endswith(f"-j {firewall.hiding_chain}")]
+        if rules and firewall.rules(family, firewall.hiding_chain):
+            lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        if lines:
             firewall.transact(family, lines)
 
 def listening_ports():
@@ -1872,6 +1892,7 @@ RestartPreventExitStatus=64 69 78
 KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
+LimitCORE=0
 UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
@@ -1926,9 +1947,10 @@ def write_file(path, text, mode=0o600):
 def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
     locked_directory(path)
-    text = Config(path, root=True).text
+    text = Config(path, root=True).text.rstrip() + "\n"
     server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
-    header, rest = re.sub(r"(?mi)^public_ports *=.*\n", "", server).split("\n", 1)
+    without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
+    header, rest = without.split("\n", 1)
     if ports is not None:
         header += f"\npublic_ports = {', '.join(ports) or 'none'}"
     write_file(path, text.replace(server, f"{header}\n{rest}"))
