@@ -747,17 +747,17 @@ class Client:
                                 f"tariq.py join {options.host} (README, The first hour).")
         sections = options.host, "client"
         config.require(*sections)
+        def setting(key, option="", default=NEEDED):  # an option goes before the config
+            return parse(key, option) if option else config.get(key, sections, default)
         self.host, self.command, self.verbose = options.host, command, options.verbose
-        self.user = options.user or config.get("user", sections)
-        self.server_key = config.get("server_key", sections)
-        self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
-        self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = parse("address", options.address) if options.address \
-            else config.get("address", sections, "")
-        self.ports = parse("secret_ports", options.ports) if options.ports \
-            else config.get("secret_ports", sections)
-        self.shared = shared_key(config.get("secret", sections), self.ports)
-        self.target = config.get("host", sections, options.host)  # what is knocked at
+        self.user = setting("user", options.user)
+        self.server_key = setting("server_key")
+        self.home = os.path.expanduser(setting("client_gpg_dir", options.gpg_dir))
+        self.images = setting("img_dir", options.img_dir, default="")
+        self.address = setting("address", options.address, default="")
+        self.ports = setting("secret_ports", options.ports)
+        self.shared = shared_key(setting("secret"), self.ports)
+        self.target = setting("host", default=options.host)  # what is knocked at
 
     def step(self, text):
         if self.verbose:
@@ -1569,9 +1569,9 @@ def listening_ports():
     for line in query("ss", "-Hlntu")[1].splitlines():
         protocol, _, _, _, local, *_ = line.split()
         address, _, port = local.rpartition(":")
-        if not address.startswith(("127.", "[::1]")) and "%lo" not in address:
-            ports[f"{port}/{protocol}"] = None
-    return sorted(ports, key=lambda port: int(port.partition("/")[0]))
+        if not address.startswith(("127.", "[::1]")):
+            ports[f"{port}/{protocol}"] = int(port)
+    return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
     """{rule of a door: how many packets that begin a connection have come in by it}"""
@@ -1919,8 +1919,8 @@ def cmd_server(options):
 #   PROGRAM, UNIT_PATH            root's, 755, 644  init
 #   /run/tariq-CHAIN-*.lock       root's, 0600 *    server and hide: empty, never removed
 #   ~/.config/tariq               yours, 0600       keygen, join (* gpg, its keyring in there)
-# enroll and join believe the pipe they read from: who can write to it is enrolled, or is the server.
-# That is why it goes by ssh. They take one public key in it, of now; join: that of `server_key`.
+# enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
+# so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
 PROGRAM = "/usr/local/bin/tariq.py"
 UNIT_PATH = "/etc/systemd/system/tariq.service"
