@@ -1,12 +1,39 @@
 #!/usr/bin/python3
-"""Tests, demo and benchmarks of Tariq, on real parts: network namespaces, iptables, gpg keys, sshd and nmap.
+"""Tests, demo and benchmarks of Tariq, on real parts: network namespaces, iptables, gpg keys, sshd
+and nmap. As root:
 
-    sudo ./test_tariq.py                 the tests (pytest); without root the end-to-end ones are skipped
-    sudo ./test_tariq.py demo            two throwaway hosts, a closed door and a knock: about 15 seconds
-    sudo ./test_tariq.py bench latency   time to an open port, against fwknop and knockd where installed
-    sudo ./test_tariq.py bench flood     knocks under a flood of garbage
+    ./test_tariq.py                 the tests (pytest); not as root, those that need no namespace
+    ./test_tariq.py demo            three throwaway hosts, a closed door and a knock: 15 seconds
+    ./test_tariq.py bench latency   time to an open port, against fwknop and knockd where installed
+    ./test_tariq.py bench flood     knocks under a flood of garbage
 
-Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the end, also on failure.
+Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the
+end, also on failure. What is where, in the order of the file:
+
+  What the tests are made of
+    the lab      Host: a namespace. Lab: hosts on a switch. Server: a `tariq.py server` and its log
+    tools        packets, gpg, /proc
+    the world    a server, its enrolled client and somebody else; `knock`, `opens`, `fails`
+    a peer       a client of its own, written from the README's table of bytes, not from tariq.py
+  What the README promises, and what keeps it
+    frames, images, requests, configs                  the parts by themselves, without a network
+    nothing of a stranger's gets past one hash         fuzzing of all that reads bytes
+    both sides prove who they are                      the exchange step by step, and its times
+    a knock opens one port for one address             knocks, commands, permissions, keys
+    nothing to find                                    silence; what an observer sees
+    disorder, duplicates, NAT, tunnels                 whatever the network makes of a knock
+    every error is one line and a code                 and a hostile server
+    init, keygen, enroll, join                         the set-up's commands one by one
+    the service's life                                 start, stop, kill, doors and commands
+    little runs as root                                what each process is, holds and reaches
+    the kernel closes the doors                        ends of doors; loss of packets
+    a recorded knock is worthless                      replays
+    what breaks                                        gpg, iptables, memory, disks, links, clocks
+    in from anywhere, other firewalls                  networks, kernels, tables as people have them
+  What people type and read
+    what README.md says, done                          its own commands, on throwaway machines
+    keys with a passphrase, words, the service         pinentry; each line whole; the unit; the demo
+  The benchmarks
 """
 import ast, base64, bz2, collections, ctypes, fcntl, hashlib, importlib.util, io, itertools, json, os
 import pty, random, re, select, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile
@@ -676,7 +703,7 @@ def all_is_handled(world, server=None, ahead=0):
     server.wait_log(words, before + 1)
     assert not select.select([junk.socket], [], [], 0)[0], "an answer to junk"
 
-# ---- the pure parts --------------------------------------------------------------------------------------------------
+# ---- frames, images, requests, configs: the parts by themselves ----------------------------------
 
 KEY = bytes(range(32))
 
@@ -847,7 +874,7 @@ def test_two_sections_with_one_key_are_both_faulty(tmp_path):
     assert "that of [allow twin]" in config.faults["allow me@laptop"][0]
     assert config.clients[PRINT.upper()] in config.faults and config.clients["0" * 40] == "allow third"
 
-# ---- promise 2: authenticate before you parse. Fuzzing ---------------------------------------------------------------
+# ---- nothing of a stranger's gets past one hash: fuzzing -----------------------------------------
 
 CASES = int(os.environ.get("TARIQ_FUZZ_CASES", 200_000))
 PORTS = [1000, 2000, 3000, 4000, 5000]
@@ -1028,7 +1055,7 @@ def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
     assert b"keyid 0000000000000000" in packets and one[-16:].encode() not in packets.split(b":encrypted")[0], "hidden"
     sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
 
-# ---- the exchange, spoken by a peer of its own -----------------------------------------------------------------------
+# ---- both sides prove who they are: the exchange, spoken by the peer -----------------------------
 
 def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(box):
     """Replies are under a key that only who unsealed the request has: nothing under K or with another label is one."""
@@ -1172,7 +1199,7 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(str
     wait_for(lambda: strict.tariq.log.count(refused) > before, "the refusal is not logged")
     assert "malformed" not in strict.tariq.log
 
-# ---- a knock opens a port on a real host, and nothing else does ------------------------------------------------------
+# ---- a knock opens one port for one address, and runs what it may --------------------------------
 
 def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(box):
     def scan():
@@ -1368,7 +1395,7 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
         assert "opened tcp/22" in opens(idle, conf=client, where=where)
     assert server.stop() == 0
 
-# ---- promise 4: silence ----------------------------------------------------------------------------------------------
+# ---- nothing to find: strangers get no answer, and what passes looks random ----------------------
 
 def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(box):
     opens(box, "C", "22")  # neighbours know each other now: few packets may wait for that
@@ -1474,7 +1501,7 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
     # Its memory of 65,536 frames is 15 MB, as full as time lets it become.
     assert box.server.rules()[0].count(box.client.ip) == 1 and rss(box.tariq.listener) - before < 20 + 15, "MB"
 
-# ---- disorder, duplication, several at once --------------------------------------------------------------------------
+# ---- disorder, duplicates, NAT, tunnels, several at once -----------------------------------------
 
 @pytest.mark.parametrize("order", ["reversed", "doubled", "shuffled", "halves"])
 def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
@@ -1614,7 +1641,7 @@ def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_m
     finally:
         server.kill()
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- every error is one line and a code ----------------------------------------------------------
 
 def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
     loose = write(box.lab.new("loose"), box.me.read_text(), NOBODY, 0o644)
@@ -1702,7 +1729,7 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
     fails(box, 76, "", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
 
-# ---- set-up's commands -----------------------------------------------------------------------------------------------
+# ---- init, keygen, enroll, join ------------------------------------------------------------------
 
 def enroll(box, key, *options, check=True):
     return box.lab.tariq(box.server, "enroll", "-c", box.conf, *options, input=key, check=check)
@@ -1938,7 +1965,7 @@ def test_the_server_warns_where_nothing_is_hidden(idle):
         assert server.log.count("INPUT drops nothing") == warnings and server.stop() == 0
     idle.other.run("iptables", "-F", "INPUT"), idle.other.run("ip6tables", "-P", "INPUT", "ACCEPT")
 
-# ---- the network never talks to root (DESIGN 1.1, 1.3) ---------------------------------------------------------------
+# ---- little runs as root -------------------------------------------------------------------------
 
 def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(box):
     opens(box, "E", "echo", "warm")  # what a knock leaves behind counts too
@@ -2104,7 +2131,7 @@ def test_the_monitor_sleeps_while_nothing_happens(idle):
     assert all(re.match(waits, call) for call in calls), calls
     assert len(calls) <= 6, "each thread waits in one call"
 
-# ---- nothing stays open by accident (DESIGN 1.5) ---------------------------------------------------------------------
+# ---- the kernel closes the doors -----------------------------------------------------------------
 
 @contextmanager
 def held_connection(world):
@@ -2254,7 +2281,7 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
     turns = list(zip(*intervals))[:3]
     assert any(max(waits) - min(waits) > 0.015 for waits in turns), f"the waits are not jittered: {turns}"
 
-# ---- replays ---------------------------------------------------------------------------------------------------------
+# ---- a recorded knock is worthless ---------------------------------------------------------------
 
 SHIFTED = """
 read_at, shift, clock = 0, 0, time.time
@@ -2342,7 +2369,7 @@ def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
         with nothing_happens(idle, server):
             inject(idle.other, [from_address(frame, idle.other.ip) for frame in fragments])
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- what breaks: gpg, iptables, memory, disks, links, clocks ------------------------------------
 
 class Fakes:
     """gpg and iptables' programs of a server, in a mount namespace of its own: as they are, until told to fail."""
