@@ -2826,9 +2826,9 @@ class Machine(Host):
             self.drop_policy()
         return Server(self.lab, self, ROOT_CONF, "/usr/local/bin/tariq.py", prefix).wait_log("listening for")
 
-    def knock(self, *words, timeout=LONG, check=True, **options):
-        words = "tariq.py", "knock", "-t", timeout, "box.example.com", *words
-        return self.run(*words, user="me", check=check, **options)
+    def knock(self, *words, timeout=LONG, check=True, options=(), **more):
+        words = "tariq.py", "knock", "-t", timeout, *options, "box.example.com", *words
+        return self.run(*words, user="me", check=check, **more)
 
     def ssh(self):
         """Whether a log-in on the server works."""
@@ -2964,6 +2964,34 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     assert laptop.knock("O", "22", timeout=2, check=False).returncode == NO_ANSWER  # unknown: not even answered
     server.wait_log("198.51.100.20: knock refused: ")
     assert "opened" in other.knock("O", "22").stdout
+
+def test_a_new_secret_for_everybody_shuts_out_who_has_the_old_one(remote, laptop):
+    type_enroll(remote, laptop)
+    server = remote.serve()
+    _, new_secret = blocks("A client that leaves")
+    remote.shell(new_secret)
+    laptop.knock("O", "22")  # until the restart the old one holds
+    laptop.shell("cp -r ~/.config/tariq old; sed -i '/^.box.example.com/,$d' ~/.config/tariq/tariq.conf")
+    type_enroll(remote, laptop)
+    assert server.stop() == 0
+    server = remote.serve()
+    laptop.knock("O", "22")
+    old = laptop.knock("O", "22", options=["-c", "/home/me/old/tariq.conf"], timeout=2, check=False)
+    assert old.returncode == NO_ANSWER and server.log.count(": opened") == 1
+
+def test_a_key_is_renewed_and_revoked_by_the_line_that_enrols_it(remote, laptop):
+    type_enroll(remote, laptop)
+    remote.serve()
+    renew, revoke = blocks("A key that ends, is renewed, or is revoked")
+    knock = f"tariq.py knock -t {LONG} box.example.com O 22\n"
+    done = laptop.shell(f"{knock}{renew}{knock}cp -a $GNUPGHOME ~/stolen; {revoke}")
+    assert done.stdout.count("opened tcp/22") == 2
+    updated, revoked = re.findall(r"\[allow me@laptop\] is there already, and (.*)", done.stderr)
+    assert "its key is updated" in updated and "revoked" not in updated and "is revoked" in revoked
+    mine = laptop.knock("O", "22", check=False)
+    assert mine.returncode == 65 and "Your key, me@laptop, is revoked" in mine.stderr
+    stolen = laptop.knock("O", "22", options=["-g", "/home/me/stolen"], timeout=2, check=False)
+    assert stolen.returncode == NO_ANSWER
 
 def test_ssh_knocks_by_itself_with_the_recipe(site, remote, laptop):
     type_enroll(remote, laptop)
@@ -3238,6 +3266,16 @@ def test_the_words_for_a_passphrase_without_a_terminal(locked):
     done = locked.knock("O", "22", check=False, start_new_session=True)
     reads(done, 65, "The key in /home/me/.config/tariq/gpg has a passphrase, and there is no terminal to ask for it: "
           "knock from a terminal, with pinentry-curses installed.")
+
+def test_the_words_of_an_enrolment(remote, laptop):
+    done, config = type_enroll(remote, laptop), "/home/me/.config/tariq/tariq.conf"
+    key = remote.shell("sudo sed -n 's/^key = //p' /etc/tariq/tariq.conf").stdout.strip()
+    server_key = laptop.shell(f"sed -n 's/^server_key = //p' {config}").stdout.strip()
+    assert sorted(done.stderr.splitlines()) == sorted([  # three commands at once
+        f"wrote {config}", f"wrote {config}", "wrote /etc/tariq/tariq.conf",
+        f"The key of me@laptop is {key}. Knocks are signed by that of `user` in {config}.",
+        f"me@laptop ({key}) may O 22/tcp; C 22/tcp",
+        f"box.example.com is known by its key {server_key}. Next: tariq.py knock box.example.com O 22"])
 
 def test_the_words_for_a_full_disk(box):
     key = box.lab.tariq(box.client, "keygen", "-c", second_client(box, "late"), "late@example.com").stdout
