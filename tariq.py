@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -I
+#!/usr/bin/python3 -IS
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
 you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
@@ -74,7 +74,14 @@ class Fault(Exception):
 
 def missing(name):
     package = PACKAGES.get(name.partition(".")[0], name)
-    return Fault(MISSING, f"{name} is missing on this machine: apt-get install {package}")
+    mend = "" if "/" in name else f": apt-get install {package}"
+    return Fault(MISSING, f"{name} is missing on this machine{mend}")
+
+def find_packages():
+    """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
+    where it is not asked for, and none ever as root."""
+    import site
+    site.main()
 
 def as_fault(error):
     """Any exception as a Fault: this is where the rest of them get their words."""
@@ -82,7 +89,7 @@ def as_fault(error):
         return error
     if isinstance(error, ImportError):
         return missing(error.name or str(error))
-    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
+    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
         return Fault(USAGE, str(error))
@@ -147,10 +154,11 @@ def address_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
-FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
-FIELD_WORDS = "{dport}, and {ip} or {net} (never {ip}/24: {net} is right for both families)"
-RULE = (r"-A \S+ " + FIELDS, f"a rule of iptables: -A CHAIN, then {FIELD_WORDS}", template_of)
-COMMAND = (FIELDS, f"a command with {FIELD_WORDS}", template_of)
+FIELDS = r"(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
+SOURCE = r"(?=.*(?<!! )(-s|--source) \{(ip|net)\}( |$))"  # and no more than that
+RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
+        "right for both families), and {dport}", template_of)
+COMMAND = (FIELDS, "a command with {dport}, and {ip} or {net}", template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
@@ -165,7 +173,7 @@ SYNTAX = {
     "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,22}", "a chain of its own, not in capitals", str),
     "public_ports": (".+", "ports as 80/tcp, 443/tcp, or none", public_ports_of),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
-    "host": (r"[\w.:%-]+", "an ASCII name or address", str),
+    "host": (r"(?!(server|client|DEFAULT)$)[\w.:%-]+", "an ASCII name or address", str),
     "address": (".+", "an IP address, or any", address_of),
 }
 IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
@@ -268,7 +276,7 @@ GPG = ["gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "
 READ_ONLY = "--lock-never"  # writes nothing: a full disk does not matter
 CLOCK_SKEW = 60  # seconds that a client's clock may differ from the server's
 INPUT_MAX = 65_536  # bytes that are read of standard input
-UNSEAL_TIME = 3  # seconds: 15 ms are usual; nested compression would take 10 s
+UNSEAL_TIME = 2  # seconds: 15 ms are usual; nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 WORDS_MAX = 65_536  # bytes that are read of gpg's words
@@ -284,13 +292,21 @@ GPG_FAULTS = (
      "The passphrase of the key in {home} was wrong, or was not given."),
 )
 
+def owner_of(directory):
+    """A keyring's owner: user id, group id. Raises Fault."""
+    if not os.path.isdir(directory):
+        raise Fault(MISSING, f"There is no keyring {directory}: tariq.py init makes a server's, "
+                             "tariq.py keygen a client's.")
+    status = os.stat(directory)
+    return status.st_uid, status.st_gid
+
 def as_owner(directory):
-    """The words by which root runs a program as a directory's owner, without a capability."""
-    owner = os.stat(directory)
-    if not owner.st_uid:
-        raise Fault(CONFIG, f"{directory} is root's, and the listener runs as its owner: "
-                            f"chown -R tariq: {directory}")
-    return ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups",
+    """The words by which root runs a program as a keyring's owner, without a capability."""
+    user, group = owner_of(directory)
+    if not user or not group:
+        raise Fault(CONFIG, f"{directory} is root's, and has to be another user's, who can do "
+                            f"nothing else: chown -R tariq: {directory}")
+    return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups",
             "--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all",
             "--pdeathsig", "KILL"]
 
@@ -299,10 +315,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
     status lines are never among them. What lies in a keyring's directory may command gpg-agent, so
     root runs gpg as the directory's owner. Raises Fault."""
     home = os.path.expanduser(home)
-    if not os.path.isdir(home):
-        raise Fault(MISSING, f"There is no keyring {home}: tariq.py init makes a server's, "
-                             "tariq.py keygen a client's.")
-    change = as_owner(home) if os.stat(home).st_uid and not os.geteuid() else []
+    change = as_owner(home) if owner_of(home)[0] and not os.geteuid() else []
     environment = dict(os.environ)
     with suppress(OSError):
         environment["GPG_TTY"] = os.ttyname(2)  # where pinentry asks for a passphrase
@@ -318,7 +331,8 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
-    return done.stdout, done.stderr.decode(errors="replace"), said
+    # Only ASCII: gpg escapes what would end a line or word in that, but not U+2028 and its like.
+    return done.stdout, done.stderr.decode("ascii", "replace"), said
 
 def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
@@ -337,25 +351,28 @@ def list_keys(home, *arguments, data=b""):
     of `data`. A name that is not there lists none. Raises Fault."""
     listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
     keys = []
-    for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
+    for line in listing.decode(errors="replace").split("\n"):  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
         if kind in ("pub", "sec"):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
-                         "expires": end})
+                         "expires": end, "can": fields[10]})  # in capitals: what it is good for now
         elif keys and kind in ("fpr", "uid"):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
     if not keys and "agent" in said:
         raise gpg_fault(home, said)
     return keys
 
-def trouble_with(key):
-    """Why a key cannot be used, in words, or ''. None: it is not there."""
+def trouble_with(key, use):
+    """Why a key (None: it is not there) cannot be used to sign ("S") or to be encrypted to ("E"),
+    in words, or ''."""
     if not key:
         return "is not in the keyring"
     if key["validity"] == "e":
         return f"expired on {key['expires']}"
-    return {"r": "is revoked", "i": "is invalid", "d": "is disabled"}.get(key["validity"], "")
+    if key["validity"] == "r":
+        return "is revoked"
+    return "" if use in key["can"] else "has a subkey that expired or is revoked"
 
 def find_key(home, option, name):
     return next(iter(list_keys(home, option, name)), None)
@@ -370,32 +387,26 @@ def seal(home, data, signer, recipient):
                "--sign", "--hidden-recipient", recipient, "--encrypt", data=data,
                seconds=SIGNED_WITHIN)[0]
 
-# A seal counts if gpg says each of these once. DECRYPTION_OKAY comes after the check of integrity;
-# NEWSIG begins a signature; GOODSIG: correct, by a key that is neither expired nor revoked.
-PROOFS = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
+# A seal counts if gpg's status lines (GnuPG doc/DETAILS) have each of these once. PLAINTEXT: one
+# message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
+# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when.
+PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
 TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
-REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again",
-            "REVKEYSIG": "is revoked",
-            "ERRSIG": "is not in the server's keyring (or a new subkey is not): enroll it",
-            "BADSIG": "has not made this signature"}
 
 def unseal(home, sealed, own):
-    """Decrypt with the key `own` only, verify -> (fingerprint of the signer's primary key, at most
-    PLAIN_MAX bytes). Takes only what status lines prove: gpg's exit status is 2 where it tried an
-    old subkey first. Raises Fault."""
+    """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
+    PLAIN_MAX bytes). Takes only what status lines prove, and not gpg's exit status, which is 2
+    where it tried an older subkey first. (Hidden recipients are tried with `own` only; that the
+    request is meant for `own` the signer says, in "to".) Raises Fault."""
     plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
-    status = [line.split()[1:] for line in lines.splitlines()]  # [GNUPG:] keyword argument...
+    status = [line.split(" ")[1:] for line in lines.split("\n") if line.startswith("[GNUPG:] ")]
     keywords = [words[0] for words in status]
-    for keyword, *words in status:
-        if keyword in REFUSALS:
-            name = " ".join(words[1:]) if keyword != "ERRSIG" else f"key {words[0]}"
-            raise Fault(BAD_DATA, f"the signer's key, {name}, {REFUSALS[keyword]}.")
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
             or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
-        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", said[-300:])
+        raise Fault(BAD_DATA, why_refused(status), said[-300:])
     # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
     valid = status[keywords.index("VALIDSIG")]
     timestamp, signer = int(valid[3]), valid[10]
@@ -403,6 +414,18 @@ def unseal(home, sealed, own):
         raise Fault(BAD_DATA, f"{signer} signed it {time.time() - timestamp:.0f} s ago, and "
                               f"{SIGNED_WITHIN} is the most: set the clocks.")
     return signer, plain
+
+REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again", "REVKEYSIG": "is revoked",
+            "ERRSIG": "or a new subkey of it is not in the server's keyring: enroll it",
+            "BADSIG": "has not made this signature"}
+
+def why_refused(status):
+    """Status lines of a seal that does not count -> why, for the log."""
+    for keyword, *words in status:
+        if keyword in REFUSALS:  # key id, then a user id, or for ERRSIG numbers
+            name = words[0] if keyword == "ERRSIG" else " ".join(words[1:])
+            return f"the signer's key, {name}, {REFUSALS[keyword]}."
+    return "not one encrypted message with one valid signature."
 
 # ---- image: data and a cover in, a PNG out, and back (steganography); others' once verified ------
 SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
@@ -413,6 +436,7 @@ def cover_image(directory):
     """SIDE x SIDE RGB samples: a random PNG of the directory; without one, random. Raises Fault."""
     if not directory:
         return os.urandom(SIDE * ROW)
+    find_packages()
     from PIL import Image
     path = os.path.expanduser(directory)
     try:
@@ -612,6 +636,7 @@ class Crafted:
     kernel, which knows nothing of the connection, answers the SYN-ACK with RST: that is ignored."""
 
     def __init__(self, route, frames):
+        find_packages()
         try:
             self.raw = socket.socket(route.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
@@ -652,9 +677,9 @@ def find_routes(host, family, ports):
         raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
                                "up here?")
     # Both families soon: the first address, the first of the other family, then the rest.
-    firsts = list({route.family: route for route in reversed(routes)}.values())[::-1]
-    firsts.sort(key=routes.index)
-    return [*firsts, *(route for route in routes if route not in firsts)][:ADDRESSES_MAX]
+    other = [route for route in routes if route.family != routes[0].family][:1]
+    rest = [route for route in routes[1:] if route not in other]
+    return [routes[0], *other, *rest][:ADDRESSES_MAX]
 
 # Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
 # what `ipaddress` says of these depends on its version.
@@ -671,17 +696,14 @@ class Exchange:
         self.client, self.route = client, route
         self.sealed = None  # until it is needed
 
-    def send(self, transport):
-        """All fragments, in new frames -> the socket that is answered. Raises Fault or OSError."""
+    def frames(self):
+        """All fragments, in new frames. Raises Fault."""
         if not self.sealed:
             k = os.urandom(32)
             self.sealed = self.client.seal_request(k)
             self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
-        self.client.step(f"{len(self.route.targets)} fragments go to {self.route.address} by "
-                         f"{transport}.")
-        frames = fragments_of(self.client.shared, self.knock_id, self.sealed,
-                              len(self.route.targets))
-        return TRANSPORTS[transport](self.route, frames)
+        return fragments_of(self.client.shared, self.knock_id, self.sealed,
+                            len(self.route.targets))
 
     def answer(self, challenge, sock):
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
@@ -715,8 +737,10 @@ class Client:
         self.server_key = config.get("server_key", sections)
         self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
         self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = options.address or config.get("address", sections, "")
-        self.ports = options.ports or config.get("secret_ports", sections)
+        self.address = parse("address", options.address) if options.address \
+            else config.get("address", sections, "")
+        self.ports = parse("secret_ports", options.ports) if options.ports \
+            else config.get("secret_ports", sections)
         self.shared = shared_key(config.get("secret", sections), self.ports)
         self.target = config.get("host", sections, options.host)  # what is knocked at
 
@@ -742,8 +766,8 @@ class Client:
 
     def look_at_keys(self, fault):
         """gpg did not seal. Raises Fault where a key is not there, or no longer good."""
-        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)))
-        server = trouble_with(find_key(self.home, "--list-keys", self.server_key))
+        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)), "S")
+        server = trouble_with(find_key(self.home, "--list-keys", self.server_key), "E")
         if own:
             raise Fault(BAD_DATA, f"Your key, {self.user}, {own} {self.home}: renew it, or make "
                                   "one with tariq.py keygen; then enroll it.", fault.detail)
@@ -763,8 +787,10 @@ class Client:
         wait, end = FIRST_WAIT, monotonic() + seconds
         while monotonic() < end:
             exchange, transport = next(turns)
+            frames = exchange.frames()
+            self.step(f"{len(frames)} fragments go to {exchange.route.address} by {transport}.")
             try:
-                sockets[exchange.send(transport)] = exchange, transport
+                sockets[TRANSPORTS[transport](exchange.route, frames)] = exchange, transport
             except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
                 trouble = f" ({transport}: {as_fault(error)})"
             if len(sockets) > 4:  # three SYN time-outs, and Linux stops Fast Open: close in time
@@ -823,13 +849,21 @@ def cmd_knock(options):
     routes = find_routes(client.target, options.family, client.ports)
     began = monotonic()
     exchange, transport, result = client.knock(routes, options.transport, options.timeout)
-    status = report(client, result)
+    fault = None
+    try:
+        status = report(client, result)
+    except Fault as error:
+        if error.code != SYSTEM:
+            raise
+        fault = error  # the server's ip6tables, say: perhaps the other family's works
     # ssh may take either family: open the other one's door, too. Never run a command twice.
     others = [route for route in routes if route.family != exchange.route.family]
     if others and client.command[0] != "E":
         with suppress(Fault):  # it is an extra
             _, _, result = client.knock(others, [transport], 3 * (monotonic() - began))
-            report(client, result)
+            status, fault = report(client, result), None
+    if fault:
+        raise fault
     return status
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
@@ -885,9 +919,9 @@ class Listener:
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.lock = threading.Lock()  # of the three below, which threads share
-        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
+        self.lock = threading.Lock()  # of these two, which threads share
+        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
@@ -907,34 +941,37 @@ class Listener:
         # == to here. Who sent it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        if abs(now - sent) > CLOCK_SKEW:
+        old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
+        if old or abs(now - sent) > CLOCK_SKEW:
             self.complain("clock", f"{address_in(packet)} sent an authentic frame of "
-                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}:"
-                                   " its clock or this one is wrong, or it is a recording.")
+                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}"
+                                   f"{', before this start' if old else ''}: its clock or this one "
+                                   "is wrong, or it is a recording.")
             return None
-        if sent <= self.began <= now:
-            return None  # perhaps a replay from before the start (a clock set back: no telling)
-        if nonce in self.seen or packet.own_port != self.ports[min(position, self.last)]:
+        if packet.own_port != self.ports[min(position, self.last)] or not self.remember(nonce):
             return None
-        self.remember(nonce)
         return position, knock_id, piece, packet
 
     def remember(self, token):
+        """-> whether it is new."""
         with self.lock:
+            if token in self.seen:
+                return False
             self.seen[token] = None
             if len(self.seen) > SEEN_MAX:
                 self.seen.popitem(last=False)
+        return True
 
     def collect(self, position, knock_id, piece, packet):
         """A frame to its knock, whose address is where its last fragment first came from."""
         with self.lock:
-            knock = self.knocks.get(knock_id)
+            knock, ended = self.knocks.get(knock_id), knock_id in self.seen
         if knock:  # a thread serves it: a last fragment again, or an answer, is for that thread
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet  # replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
                     knock.frames.put_nowait(piece)
-        elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
+        elif position <= self.last and not ended:
             knock = self.partial.setdefault(knock_id, Knock())
             if len(self.partial) > KNOCKS_MAX:
                 self.partial.popitem(last=False)
@@ -984,24 +1021,30 @@ class Listener:
                                   "knock.")
         # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
+        challenge = nonce, self.patience, address
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
-        proof = None
-        while proof is None or not hmac.compare_digest(proof, expected):
-            # The challenge; and again for each frame that is not the answer: the client waits.
-            self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
-            try:
-                proof = knock.frames.get(timeout=max(0, end - monotonic()))
-            except queue.Empty:
+        self.reply(knock, challenge_of(reply_key, *challenge))
+        while not hmac.compare_digest(piece := self.next_frame(knock, end), expected):
+            if not piece:
                 return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
                                 "replies or the answers are lost on the way, or somebody else is.")
+            self.reply(knock, challenge_of(reply_key, *challenge))  # the client still waits for it
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
             result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
             end = monotonic() + REPEAT_TIME
-            while True:
+            self.reply(knock, frame(reply_key, b"result", result))
+            while self.next_frame(knock, end):
                 self.reply(knock, frame(reply_key, b"result", result))
-                knock.frames.get(timeout=max(0, end - monotonic()))
+
+    def next_frame(self, knock, end):
+        """What the client sends again, or its answer; b"" when the time is over."""
+        left = end - monotonic()
+        with suppress(queue.Empty):
+            if left > 0:
+                return knock.frames.get(timeout=left)
+        return b""
 
     def reply(self, knock, payload):
         """To where the knock came from, by the interface and link address that it came by."""
@@ -1065,33 +1108,33 @@ def leave_roots_memory():
 def cmd_listener(descriptors):
     """What the monitor starts: two descriptors, its packet socket and its end of the channel."""
     sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
-    listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
     try:
         check_unprivileged()
-        leave_roots_memory()
+        leave_roots_memory()  # before there is a secret in it
+        listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
-        if trouble := trouble_with(key):
+        if trouble := trouble_with(key, "E"):
             raise Fault(CONFIG, f"The server's key {trouble} {listener.home}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
-        listener.log(f"{fault} {fault.detail}")  # and the monitor sees the channel close
+        channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
 #
-#   program                               by              as            time     output is cut at
-#   iptables, ip6tables, -restore         run             root          15 s     OUTPUT_ROOM
-#   open_command, close_command           run             root          15 s     OUTPUT_ROOM
-#   a client's permitted command (E)      Monitor         root          command_timeout, OUTPUT_ROOM
-#   ss, useradd, systemctl, timedatectl   run             root          60 s     OUTPUT_ROOM
-#   gpg (init, enroll, check: never on    gpg             keyring's     60 s     memory
-#     what came from the network)                           owner
-#   this file as the listener             start_listener  keyring's     no end   /dev/null
-#                                                           owner
+#   program                              by              as               time      output
+#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   open_command, close_command          run             root             15 s      OUTPUT_ROOM
+#   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
+#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
+#     id, gpgconf, systemctl (init)
+#   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
+#     (init, check, enroll)
+#   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1130,11 +1173,11 @@ def query(*words, seconds=15, data=b""):
         raise missing(words[0])
     return status, output.decode(errors="replace")
 
-def run(*words, accept=0, seconds=15, data=b""):
+def run(*words, accept=0, seconds=15):
     """Log and run a program that changes something -> (exit status up to `accept`, its output).
     Raises Fault."""
-    log(f"+ {shlex.join(words)}" + "".join(f"; {line}" for line in data.decode().splitlines()))
-    status, output = query(*words, seconds=seconds, data=data)
+    log(f"+ {shlex.join(words)}")
+    status, output = query(*words, seconds=seconds)
     if status > accept:
         raise Fault(SYSTEM, f"{words[0]} failed: {output.strip()[:300] or f'status {status}'}")
     return status, output
@@ -1168,12 +1211,15 @@ class Door:
             return "closed"
         return time.strftime("%F %TZ" if self.seconds >= 86400 else "%TZ", time.gmtime(self.until))
 
+    def seconds_left(self):
+        return max(1, round(self.deadline - monotonic())) if self.deadline else NFT_SECONDS_MAX
+
     def fill(self, template):
         """The words of a template, with its {fields}. Other braces stay as they are."""
         fields = {
             "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
             "dport": self.number, "protocol": self.protocol,
-            "seconds": str(min(self.seconds or NFT_SECONDS_MAX, NFT_SECONDS_MAX)),
+            "seconds": str(min(self.seconds_left(), NFT_SECONDS_MAX)),
             "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
         }
         def value(match):
@@ -1193,8 +1239,6 @@ KEPT = {
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
 
-IDLE = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"  # no first packet
-
 class Iptables:
     """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
     public_ports, to one more that drops what is not public."""
@@ -1205,7 +1249,7 @@ class Iptables:
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
         self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
-        self.last_port = config.get("secret_ports")[-1]  # of a knock: answers come there
+        self.families = set()  # in which there may be doors
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them; [] where there is no such chain."""
@@ -1253,17 +1297,16 @@ class Iptables:
 
     def linking_lines(self, family, rules, limit=""):
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
-        behind it to what drops all but the public ports. With a limit the kernel ends that, and
-        until then it takes up TCP connections that it does not know yet: they were idle."""
+        behind it to what drops all but the public ports, until a limit at which the kernel ends
+        that."""
         lines = [rule.replace("-A", "-D", 1) for rule in rules
                  if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-            idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", IDLE] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
+                        for rule in [*KEPT[family], *public, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1282,6 +1325,7 @@ class Iptables:
         for family, program in IPTABLES.items():
             try:
                 rules = self.put_back(family, starting=True)
+                self.families.add(family)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
                 if doubts := self.doubts(family, rules):
@@ -1289,11 +1333,15 @@ class Iptables:
             except Fault as fault:
                 if family == 4:
                     raise
-                log(f"No doors for IPv6: {fault}")
+                hidden = ", and nothing of it is hidden" if self.public_ports is not None else ""
+                log(f"No doors for IPv6{hidden}: {fault}")
+        if not all("{until}" in template for template in self.templates.values()):
+            log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
     def check(self, family):
         """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
-        rules = [" ".join(self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
+        rules = [" ".join(json.dumps(word) if " " in word else word for word in
+                          self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
                  for port in ("9/tcp", "9/udp")]
         lines = ["*filter", f":{self.chain} - [0:0]", *rules, "COMMIT", ""]
         status, output = query(f"{IPTABLES[family]}-restore", "--test", "--noflush",
@@ -1305,8 +1353,7 @@ class Iptables:
 
     def try_rule(self, door):
         if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
-            log(f"{IPTABLES[door.family]} refuses a rule with a time limit (no xt_time in this "
-                "kernel?): this server ends doors, not the kernel, and kill -9 leaves them open.")
+            log(f"{IPTABLES[door.family]} refuses a rule with a time limit: no xt_time here?")
             for protocol, template in self.templates.items():
                 self.templates[protocol] = template.replace(TIME_LIMIT, "")
             run(*self.words("-A", door))
@@ -1322,6 +1369,7 @@ class Iptables:
     def open(self, door):
         """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
         rules = self.put_back(door.family)
+        self.families.add(door.family)
         run(*self.words("-A", door))
         return self.doubts(door.family, rules)
 
@@ -1346,8 +1394,8 @@ class Iptables:
         return run(*self.words("-D", door), accept=1)[0] == 0
 
     def close_all(self, _doors):
-        for program in IPTABLES.values():
-            yield [program, *WAIT, "-F", self.chain]
+        for family in self.families:
+            yield [IPTABLES[family], *WAIT, "-F", self.chain]
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1358,8 +1406,7 @@ class Commands:
 
     def prepare(self):
         if "{until}" not in self.opening and "{seconds}" not in self.opening:
-            log("open_command has neither {seconds} nor {until}: this server ends doors, and "
-                "kill -9 leaves them open.")
+            log("This server ends doors, not the firewall: kill -9 leaves them open.")
 
     def put_back(self, family):
         pass  # open_command's business
@@ -1392,21 +1439,33 @@ def cmd_hide(options):
         sudo tariq.py hide 80 443/tcp 443/udp
         sudo tariq.py hide --undo"""
     need_root()
-    config = Config(options.config, root=True)
-    config.require("server")
-    firewall = Iptables(config)
-    if "open_command" in config.values["server"]:
-        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
     ports = [port_of(word) for word in options.ports]
+    config = Config(options.config, root=True)
+    firewall = Iptables(config)
     if not take_lock(firewall.hiding_chain):
         raise Fault(SYSTEM, "hide runs already, in another terminal: end it there (Ctrl-C).")
     if options.undo:
         return unhide(config, firewall)
+    config.require("server")
+    if "open_command" in config.values["server"]:
+        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    firewalld = "/usr/bin/firewall-cmd"
+    if os.path.exists(firewalld) and query(firewalld, "--state")[0] == 0:
+        raise Fault(CONFIG, "firewalld runs here, and would flush what hide makes: hide by its "
+                            "means (README, Firewalls of your own).")
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
                            f"public_ports in {config.path}, and restart the server.")
     if take_lock(firewall.chain):
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
+    if not try_hiding(config, firewall, ports):
+        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
+                               "sudo tariq.py check says what is wrong.")
+    log("A connection came in through a door: hidden for good, also after a reboot. "
+        "sudo tariq.py hide --undo ends it.")
+
+def try_hiding(config, firewall, ports):
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
@@ -1414,10 +1473,11 @@ def cmd_hide(options):
     hidden = [port for port in listening_ports() if port not in ports]
     log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
         f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
+        signal.signal(number, signal.default_int_handler)
     kept, before = False, packets_in(firewall)
     try:
-        limit = time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL))
-        hide(firewall, limit)
+        hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
             "(O 22), then connect (ssh).")
         end = monotonic() + TRIAL
@@ -1432,11 +1492,7 @@ def cmd_hide(options):
     finally:
         if not kept:
             unhide(config, firewall)
-    if not kept:
-        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
-                               "sudo tariq.py check says what is wrong.")
-    log("A connection came in through a door: hidden for good, also after a reboot. "
-        "sudo tariq.py hide --undo ends it.")
+    return kept
 
 def hide(firewall, limit=""):
     for family, program in IPTABLES.items():
@@ -1445,20 +1501,24 @@ def hide(firewall, limit=""):
             firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by itself "
-                                    "(xt_time in the kernel) there is no way back.", fault.detail)
+                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by "
+                                    "itself (xt_time in the kernel) there is no way back.",
+                            fault.detail)
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
     if "public_ports" in config.values["server"]:
         set_public_ports(config.path, None)
-    firewall.public_ports = None
     for family in IPTABLES:
-        with suppress(Fault):
-            lines = firewall.linking_lines(family, firewall.rules(family, "INPUT"))
-            if firewall.rules(family, firewall.hiding_chain):
-                lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        rules = []
+        with suppress(Fault):  # without ip6tables nothing was hidden by it
+            rules = firewall.rules(family, "INPUT")
+        lines = [rule.replace("-A", "-D", 1) for rule in rules
+                 if rule.endswith(f"-j {firewall.hiding_chain}")]
+        if rules and firewall.rules(family, firewall.hiding_chain):
+            lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        if lines:
             firewall.transact(family, lines)
 
 def listening_ports():
@@ -1475,9 +1535,10 @@ def packets_in(firewall):
     """{rule of a door: how many packets that begin a connection have come in by it}"""
     packets = {}
     for family in IPTABLES:
-        for rule in firewall.rules(family, firewall.chain, "-v"):
-            if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
-                packets[rule.replace(counters[1], "")] = int(counters[2])
+        with suppress(Fault):  # there is no ip6tables
+            for rule in firewall.rules(family, firewall.chain, "-v"):
+                if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
+                    packets[rule.replace(counters[1], "")] = int(counters[2])
     return packets
 
 def take_lock(name):
@@ -1591,7 +1652,7 @@ class Monitor:
     def named(self, text):
         """Text with clients' names in the place of their fingerprints."""
         def name(match):
-            return self.config.clients.get(match[0], match[0]).removeprefix("allow ")
+            return self.policy().clients.get(match[0], match[0]).removeprefix("allow ")
         return re.sub(r"\b[0-9A-F]{40}\b", name, text)
 
     def ready(self):
@@ -1656,7 +1717,7 @@ class Monitor:
     def look_after_firewall(self):
         """Put back what a flush took, in both families, once the client has its answer."""
         for family in IPTABLES:
-            with suppress(Fault):  # the next door says it
+            with suppress(Exception):  # the next door says it
                 self.firewall.put_back(family)
 
     def stop(self):
@@ -1831,6 +1892,7 @@ RestartPreventExitStatus=64 69 78
 KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
+LimitCORE=0
 UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
@@ -1883,13 +1945,15 @@ def write_file(path, text, mode=0o600):
     log(f"wrote {path}")
 
 def set_public_ports(path, ports):
-    """Set public_ports in a server's config, or take it out (None); all else stays as it is."""
+    """Set public_ports in [server], or take it out (None); all else stays as it is."""
     locked_directory(path)
-    text = re.sub(r"(?m)^public_ports *=.*\n", "", Config(path, root=True).text)
+    text = Config(path, root=True).text.rstrip() + "\n"
+    server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
+    without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
+    header, rest = without.split("\n", 1)
     if ports is not None:
-        line = f"public_ports = {', '.join(ports) or 'none'}\n"
-        text = re.sub(r"(?m)^\[server\].*\n", lambda header: header[0] + line, text, count=1)
-    write_file(path, text)
+        header += f"\npublic_ports = {', '.join(ports) or 'none'}"
+    write_file(path, text.replace(server, f"{header}\n{rest}"))
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -1918,9 +1982,10 @@ def cmd_init(options):
 
         sudo ./tariq.py init"""
     need_root()
-    import importlib.util, pwd, shutil
-    needed = {PACKAGES[name] for name in PACKAGES if not shutil.which(name)
-              and not (name in ("scapy", "PIL") and importlib.util.find_spec(name))}
+    import importlib.machinery, pwd, shutil, site
+    find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
+    needed = {PACKAGES[name] for name in PACKAGES
+              if not shutil.which(name) and not find_spec(name, places)}
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
@@ -1968,24 +2033,28 @@ def cmd_check(options):
             return function(*arguments)
         except Exception as error:
             faults.append(str(as_fault(error)))
-    if "server" not in config.faults:
-        home = config.get("server_gpg_dir")
+    if home := config.get("server_gpg_dir", default=None):
         attempt(as_owner, home)
         keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
                 for key in attempt(list_keys, home, option) or []}
-        for fingerprint, section in {config.get("server_key"): "server", **config.clients}.items():
+        wanted = {config.get("server_key", default=""): "server", **config.clients}
+        for fingerprint, section in wanted.items():
             key = keys.get(fingerprint)
             if section == "server" and key and key["kind"] != "sec":
                 key = None
-            if trouble := trouble_with(key):
+            if trouble := trouble_with(key, "E" if section == "server" else "S"):
                 faults.append(f"The key of [{section}] {trouble} {home}.")
             else:
                 log(f"The key of [{section}] is good, and expires: {key['expires']}.")
-        monitor = attempt(Monitor, config, "")
-        if monitor and isinstance(monitor.firewall, Iptables):
-            for family, program in IPTABLES.items():
-                doubts = attempt(monitor.firewall.check, family)
+    if "open_command" in config.values["server"]:
+        attempt(Commands, config)
+    elif firewall := attempt(Iptables, config):
+        for family, program in IPTABLES.items():
+            try:
+                doubts = firewall.check(family)
                 log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+            except Fault as fault:
+                (log if family == 6 else faults.append)(str(fault))
     for line in faults:
         log(f"FAULT: {line}")
     return CONFIG if faults else 0
@@ -2013,8 +2082,8 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    log(f"The key of {options.user} {known and trouble_with(known) or 'is ' + key}. Knocks are "
-        f"signed by that of `user` in {path}.")
+    state = known and trouble_with(known, "S") or f"is {key}"
+    log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
@@ -2035,24 +2104,26 @@ def cmd_enroll(options):
     as_owner(home)  # raises Fault where it is root's
     profile = {item: config.ini["server"][item] for item in PROFILE}  # as text
     key = show_key(home, text)
-    fingerprint, before = key["fpr"], find_key(home, "--list-keys", key["fpr"])
     name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
-    section = config.clients.get(fingerprint)
+    section = config.clients.get(key["fpr"])
+    trouble = trouble_with(key, "S")
+    if not section and trouble:
+        raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
     if not section and (f"allow {name}" in config.values
                         or not re.fullmatch(r"(?a)\w[\w.@+-]*", name)):
         raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one with "
                               "--name.")
-    gpg(home, "--import", data=text)
+    _, status, _ = gpg(home, "--import", data=text)
     if section:
-        now = find_key(home, "--list-keys", fingerprint)
-        news = "nothing is new" if now == before else \
-            f"its key is updated: it {trouble_with(now) or 'expires: ' + now['expires']}"
-        log(f"[{section}] is there already: {news}. What it may do stays as it is.")
+        updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
+        state = trouble or f"expires: {key['expires']}"
+        log(f"[{section}] is there already, and its key is {'updated' if updated else 'the same'}: "
+            f"it {state}. What it may do stays as it is.")
     else:
         may = "".join(f"\n    {line}" for line in lines)
-        section = f"[allow {name}]\nkey = {fingerprint}\nmay ={may}\n"
+        section = f"[allow {name}]\nkey = {key['fpr']}\nmay ={may}\n"
         write_file(config.path, f"{config.text.rstrip()}\n\n{section}")
-        log(f"{name} ({fingerprint}) may {'; '.join(lines)}")
+        log(f"{name} ({key['fpr']}) may {'; '.join(lines)}")
     profile["public_key"] = gpg(home, "--armor", "--export", profile["server_key"])[0].decode()
     os.write(1, json.dumps(profile).encode() + b"\n")
 
@@ -2096,7 +2167,7 @@ def command_line():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="store_true",
                         help="print the version, and the SHA-256 of this very file")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="tariq.py", metavar="COMMAND", required=True)
     add = {}
     for function, config in (
             (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
@@ -2118,16 +2189,14 @@ def command_line():
     add["join"]("host", help="the server's name or address, as you will knock at it")
     add = add["knock"]
     add("-u", "--user", help="sign with the key of this user")
-    add("-p", "--ports", help="knock at these secret_ports",
-        type=lambda text: parse("secret_ports", text))
+    add("-p", "--ports", help="knock at these secret_ports")
     add("-i", "--img-dir", help="hide the request in a PNG image of this folder")
     add("-g", "--gpg-dir", help="use this keyring")
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0,
             help=f"knock by IPv{flag[1]} only")
     add("-t", "--timeout", type=float, default=10, help="give up after so many seconds (10)")
-    add("--address", help="the address that the server should see (behind NAT), or any",
-        type=lambda text: parse("address", text))
+    add("--address", help="the address that the server should see (behind NAT), or any")
     add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
         help="send by this only; kernel and udp take turns otherwise")
     add("-v", "--verbose", action="store_true", help="say each step, and what gpg said")
