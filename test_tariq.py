@@ -510,8 +510,8 @@ def box(kept):
     yield kept
     assert kept.tariq.process.poll() is None, kept.tariq.log
     closed()
-    if re.search(r"(?m)^(?!me@laptop )\S+ \S+ O .*: opened ", kept.tariq.log[before:]):
-        assert kept.tariq.stop() == 0  # it keeps the doors of other clients from this one
+    if ": opened " in kept.tariq.log[before:]:  # it remembers doors, which it would speak of to others
+        assert kept.tariq.stop() == 0
         kept.tariq = None
 
 SOME_PORTS = " ".join(map(str, [*range(20, 60), *range(2000, 2060), 8022]))
@@ -809,8 +809,9 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
     found = [(key, section) for section in config.ini.sections() for key in config.ini[section]]
     assert config.faults == {} and len(config.clients) == 1
-    used = set(re.findall(r'\.get\(f?"([a-z_{}]+)"', TARIQ.read_text())) - {"server", "open_{protocol}_port"}
-    assert {key for key, _ in found} == used | {"open_tcp_port", "open_udp_port"} == set(tariq.SYNTAX)
+    assert {key for key, _ in found} == set(tariq.SYNTAX)
+    code = TARIQ.read_text().replace("open_{protocol}_port", 'open_tcp_port" "open_udp_port')
+    assert [key for key in tariq.SYNTAX if len(re.findall(rf"\b{key}\"", code)) < 2] == [], "nothing reads it"
 
 @pytest.mark.parametrize("old, new, section, words", [
     (PORTS_LINE, "secret_ports = 1,2,3,4", "server", "secret_ports has to be 5 to 32"),
@@ -837,8 +838,7 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     ("[allow me@laptop]\nkey = {key}", "[allow me@laptop]", "allow me@laptop", "key is missing"),
     ("may =", "open_timeout = soon\nmay =", "allow me@laptop", "open_timeout has to be a whole number"),
     ("may =", "open_timout = 1\nmay =", "allow me@laptop", "open_timout is no key"),
-    ("may =", "open_command = x {ip} {dport}\nmay =", "allow me@laptop", "open_command is no key"),
-    ("[server]", "[DEFAULT]\nuser = me\n[server]", "DEFAULT", "user is no key")])
+    ("may =", "open_command = x {ip} {dport}\nmay =", "allow me@laptop", "open_command is no key")])
 def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path, old, new, section, words):
     assert CONFIG.count(old) == 1
     path = write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new))
@@ -851,6 +851,11 @@ def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_pat
     said = "\n".join(config.faults[section])
     assert f"{path}: [{section}] " in said and words in said
     assert SECRET not in said and "1,2,3,4" not in said
+
+def test_a_section_default_is_no_other_sections_default(tmp_path):
+    text = CONFIG.replace("[server]", "[DEFAULT]\nopen_timeout = 1\n[server]")
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
+    assert config.get("open_timeout", ["allow me@laptop", "server"], 3600) == 3600 and not config.faults
 
 def test_every_fault_of_a_config_is_found_at_once(tmp_path):
     faulty = CONFIG.replace("{secret}", "x").replace(PORTS_LINE, "").replace("    O 22", "    O 99999")
@@ -1694,7 +1699,7 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
              (f"server_key = {key}", "", 78, "server_key is missing"),
              (f"server_key = {key}", f"server_key = {key[::-1]}", 70, "listener died"),
              ("server_gpg_dir = ", "server_gpg_dir = /nonexistent", 69, "/nonexistent"),
-             ("[server]", "[server]\nopen_tcp_port = -A tariq {ip} {dport} {until} --nonsense", 71, "iptables"),
+             ("[server]", "[server]\nopen_tcp_port = -A tariq -s {ip} --dport {dport} --nonsense", 71, "iptables"),
              ("[server]", "[server]\nopen_command = true {ip} {dport}", 78, "close_command is missing"),
              ("[server]", "[sever]", 78, "[server]"), ("[server]", "[server]", 78, "chmod 600")]
     for old, new, code, words in cases:
@@ -2740,8 +2745,8 @@ def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
 README = (HERE / "README.md").read_text()
 NAMES = {"box": 10, "laptop": 20, "other": 30, "inside": 40}
 
-STEP_1, STEP_2 = "1. On the server: `init`", "2. On the client: `keygen`, `enroll`, `join`"
-STEP_3, STEP_4 = "3. On the server: `hide`", "4. On the client: the first knock"
+STEP_1, STEP_2 = "1. On the server: init", "2. On the client: keygen, enroll, join"
+STEP_3, STEP_4 = "3. On the server: hide", "4. On the client: the first knock"
 
 def blocks(heading, language="sh"):
     """The code blocks of one language under a heading of the README, in order."""
@@ -3022,7 +3027,7 @@ def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
     assert server.stop() == 0 and not laptop.connects(remote.ip, 2222)
 
 def test_every_anchor_in_the_readme_leads_somewhere():
-    headings = {re.sub("[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-")
+    headings = {re.sub("[^a-z0-9 _-]", "", line.strip("# ").lower()).replace(" ", "-")
                 for line in README.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
 
