@@ -22,6 +22,13 @@ sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, 
 time, and has a fresh nonce: the same bytes twice are a replay. The client repeats its knock in new
 frames until it has the result; the server acts once. Patience is how long a command may run.
 
+Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and with K in the
+memory of server, listener and client; private keys in keyrings, read by gpg and gpg-agent only,
+with a passphrase where their owner set one (a server's has none); k in client, listener, and pipes
+to gpg. Nowhere else: no argument, environment or log has one (a log has 16 characters of what
+stands in the place of a config's key), no other user's process can look in (the listener is not
+dumpable), and the service leaves no core dump.
+
 The parts, in the order of the file, and who reads what before trusting it with a machine:
 
     part                   runs as                is fed by               to be read by
@@ -194,7 +201,12 @@ def stamp_of(status):
 
 class Config:
     """One INI file, which may hold a secret, read whole. A fault in a section is kept, and raised
-    to who needs that section. Raises Fault for what is no INI file, or, without one, OSError."""
+    to who needs that section (`require`). Raises Fault for what is no INI file.
+
+    A bad edit of a server's: no INI, unreadable, or a fault in [server]: while the server runs, the
+    last whole one holds, with the clients it had, and the log says so (Monitor.policy). At a start:
+    exit 78 before anything is touched; so after a reboot the machine is not hidden, and who mends
+    it gets in. A fault in one [allow NAME]: that client is refused, nobody else."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -690,7 +702,10 @@ def is_public(address):
     return ip.is_global and not any(ip in network for network in BEHIND_NAT)
 
 class Exchange:
-    """One knock by one route: what it sends, and what it believes."""
+    """One knock by one route: what it sends, and what it believes: nothing but frames with k' as
+    their key. From the challenge on, that the server is its own, and saw the knock come from
+    `seen`. That somebody relays it shows only where this machine's own address is public, or
+    `address` was given: behind NAT without that, any `seen` is taken."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -732,17 +747,17 @@ class Client:
                                 f"tariq.py join {options.host} (README, The first hour).")
         sections = options.host, "client"
         config.require(*sections)
+        def setting(key, option="", default=NEEDED):  # an option goes before the config
+            return parse(key, option) if option else config.get(key, sections, default)
         self.host, self.command, self.verbose = options.host, command, options.verbose
-        self.user = options.user or config.get("user", sections)
-        self.server_key = config.get("server_key", sections)
-        self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
-        self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = parse("address", options.address) if options.address \
-            else config.get("address", sections, "")
-        self.ports = parse("secret_ports", options.ports) if options.ports \
-            else config.get("secret_ports", sections)
-        self.shared = shared_key(config.get("secret", sections), self.ports)
-        self.target = config.get("host", sections, options.host)  # what is knocked at
+        self.user = setting("user", options.user)
+        self.server_key = setting("server_key")
+        self.home = os.path.expanduser(setting("client_gpg_dir", options.gpg_dir))
+        self.images = setting("img_dir", options.img_dir, default="")
+        self.address = setting("address", options.address, default="")
+        self.ports = setting("secret_ports", options.ports)
+        self.shared = shared_key(setting("secret"), self.ports)
+        self.target = setting("host", default=options.host)  # what is knocked at
 
     def step(self, text):
         if self.verbose:
@@ -828,7 +843,9 @@ def payloads(sockets, end):
                     del sockets[sock]
 
 def report(client, result):
-    """Print what was done. -> exit code. Raises Fault where it was refused."""
+    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" is said by who
+    knows k: the listener, for the monitor, whose firewall took the rule, and had none of the doubts
+    that would be named here. It does not say that a service answers at the port."""
     text = result.text
     if not result.done:
         raise Fault(result.status or REFUSED,
@@ -868,24 +885,33 @@ def cmd_knock(options):
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
 # Who is bounded by what                                      and what happens beyond
-#   anybody: one packet of memory, one hash of time           no frame: dropped, nothing is kept
+#   anybody: a buffer of 2 KiB, one hash of time              no frame: dropped, nothing is kept
 #            RECEIVE_BUFFER in the kernel (twice)             the kernel drops
 #   who has the secret, but no key:
-#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten (see `gate`)
+#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten
 #            KNOCKS_MAX incomplete knocks                     the oldest is dropped
 #            KNOCKS_MAX complete ones, a thread each; of one  a new one is dropped: the client's
 #              address UNANSWERED_MAX that nobody answered    repeat asks again
+#            ANSWER_TIME and REPEAT_TIME of a knock           it ends
 #            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
 #                                                             at most some 300 log lines a second
-#   who has an enrolled key: as above; then COMMANDS_MAX, DOORS_MAX (monitor)
+#   an enrolled client: as above; a log line a request, and (monitor)
+#            DOORS_MAX doors of its own                       the oldest is closed
+#            COMMANDS_MAX commands of all clients, each for   refused; killed. Nothing bounds what a
+#              command_timeout                                permitted command itself does
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same packet, when self.seen has forgotten it          `gate`: its stamp is CLOCK_SKEW old
-#   the same packet after a restart                           `gate`: it is from before self.began
-#   the same request in new frames, by who has the secret     `dialogue`: nobody else knows k, so
-#                                                             the challenge is not answered
+#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old
+#   the same after a restart                                  `gate`: it is from before self.began
+#     of a client whose clock is ahead, in the next minute    `dialogue`: gets a challenge that
+#   the same request in new frames, by who has the secret       only who knows k can answer
 #   the same request at another server                        `dialogue`: "to" is another key
+#
+# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the server's key and the
+# secret; request what the `may` of any client permits, for any address (Monitor.handle says no to
+# the rest); write log lines; and send any packet by its socket, on any interface. It cannot receive
+# more than its filter passes, be root, or change config, rules or files.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -925,7 +951,8 @@ class Listener:
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
-    # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, and from here ==
+    # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -938,7 +965,7 @@ class Listener:
         opened = read_knock(self.key, packet.payload)
         if not opened:
             return None
-        # == to here. Who sent it has the secret; who it is, gpg will say. ==
+        # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
         old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
@@ -1124,17 +1151,24 @@ def cmd_listener(descriptors):
         channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
+# Environment: PATH as below, and nothing else (the listener: HOME=/; gpg: also GPG_TTY); no shell;
+# descriptors 0 to 2 only; cwd / (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
-#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
+#     -legacy -S
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
-#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
-#     id, gpgconf, systemctl (init)
+#   ss, firewall-cmd (hide); id, useradd run, query      root             60 s      OUTPUT_ROOM
+#     systemctl, gpgconf (init)
 #   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
 #     (init, check, enroll)
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
+# and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
+#
+# Words of others on their command lines: ports (digits: port_of), addresses (ipaddress prints
+# them), fingerprints (40 digits), and of E what `forbidden` lets through. The config's words are
+# the admin's. No word is split or joined: {fields} are filled in after the splitting.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1183,6 +1217,10 @@ def run(*words, accept=0, seconds=15):
     return status, output
 
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
+# A door's end is Door.until: open_timeout from when it was opened. It is kept by the kernel, where
+# the rule says {until} (xt_time) or the command {seconds} (nft's timeout), whoever is dead; and by
+# `close_ended` while the server runs. Two clients behind one address share its doors: the later end
+# holds, and who has that closes it. Two servers on one machine need two chains (take_lock).
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1465,7 +1503,11 @@ def cmd_hide(options):
         "sudo tariq.py hide --undo ends it.")
 
 def try_hiding(config, firewall, ports):
-    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did.
+    What changes: a chain with DROP at its end, and a jump to it in INPUT (nowhere else: what Docker
+    forwards is not hidden). The jump bears its own end: after TRIAL seconds the kernel passes it
+    by, whatever became of this program, the session or the network. Only after a connection: the
+    line public_ports in the config, and the same jump without an end."""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
@@ -1527,9 +1569,9 @@ def listening_ports():
     for line in query("ss", "-Hlntu")[1].splitlines():
         protocol, _, _, _, local, *_ = line.split()
         address, _, port = local.rpartition(":")
-        if not address.startswith(("127.", "[::1]")) and "%lo" not in address:
-            ports[f"{port}/{protocol}"] = None
-    return sorted(ports, key=lambda port: int(port.partition("/")[0]))
+        if not address.startswith(("127.", "[::1]")):
+            ports[f"{port}/{protocol}"] = int(port)
+    return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
     """{rule of a door: how many packets that begin a connection have come in by it}"""
@@ -1557,14 +1599,17 @@ def take_lock(name):
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
 #   the listener's death   closed: exit 70, `stop`       the same               stays
-#   a reboot               gone                          gone                   again at the start
-# A full disk ends nothing: nothing is written for a knock; log lines may be lost.
+#   a reboot               gone                          gone                   again, if it starts
+# Connections that are there go on. A client that is taken out of the config is refused from its
+# next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
+# knock; log lines may be lost. After a SIGKILL systemd starts it again, and a start closes doors.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 
 def forbidden(patterns, command):
-    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself.
-    E: one pattern fits word by word, where * is any word; as the last one any number, or none."""
+    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself, *
+    is any. E: one pattern fits word by word, where * (quoted, too) is any word, an option or a path
+    as well; as the last one any number, or none. A port is opened for all who share the address."""
     action, *words = command
     allowed = [pattern[1:] for pattern in patterns if pattern[0] == action]
     if action != "E":
@@ -1753,7 +1798,10 @@ class Monitor:
             self.channel.send(knock_id + result, socket.MSG_DONTWAIT)
 
     def start_listener(self):
-        """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
+        """The listener. At its first instruction it has: the ids of the keyring's owner, no group,
+        no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
+        root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
+        closes them). check_unprivileged ends it where a privilege is left."""
         packets = packet_socket(self.ports)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -1865,6 +1913,14 @@ def cmd_server(options):
         monitor.stop()
 
 # ---- set-up: once, by hand; init, check, enroll as root, keygen, join as the user ----------------
+# Files, all written by write_file, whole or not at all, but those marked *:
+#   /etc/tariq/tariq.conf         root's, 0600      init, enroll, hide
+#   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg in init and enroll, as tariq
+#   PROGRAM, UNIT_PATH            root's, 755, 644  init
+#   /run/tariq-CHAIN-*.lock       root's, 0600 *    server and hide: empty, never removed
+#   ~/.config/tariq               yours, 0600       keygen, join (* gpg, its keyring in there)
+# enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
+# so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
 PROGRAM = "/usr/local/bin/tariq.py"
 UNIT_PATH = "/etc/systemd/system/tariq.service"
