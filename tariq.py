@@ -339,7 +339,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
                                   timeout=seconds, env=environment, pass_fds=[memory.fileno()],
                                   start_new_session=bool(change))  # not root's terminal
         except subprocess.TimeoutExpired:  # this bounds its words, too: a second's are a few MB
-            raise Fault(BAD_DATA, f"gpg was not done in {seconds} s with the keyring {home}.")
+            raise Fault(SYSTEM, f"gpg was not done in {seconds} s with the keyring {home}.")
         memory.seek(0)
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
@@ -1020,13 +1020,14 @@ class Listener:
                 threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
 
     def serve(self, knock_id, knock):
-        address = address_in(knock.packet)
+        address, refusal = address_in(knock.packet), None
         try:
             self.dialogue(knock_id, knock, address)
         except Exception as error:  # whatever becomes of one knock, the next is served
-            fault = as_fault(error)
-            self.log(f"{address}: knock refused: {fault} {fault.detail}")
-        self.remember(knock_id)  # before it goes: its repeats shall start no gpg
+            refusal = as_fault(error)
+            self.log(f"{address}: knock refused: {refusal} {refusal.detail}")
+        if not refusal or refusal.code != SYSTEM:  # where gpg had no time, a repeat tries again
+            self.remember(knock_id)  # before it goes: its repeats shall start no gpg
         with self.lock:
             del self.knocks[knock_id]
 
