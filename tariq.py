@@ -2118,6 +2118,8 @@ def cmd_check(options):
     if "open_command" in config.values["server"]:
         attempt(Commands, config)
     elif firewall := attempt(Iptables, config):
+        if take_lock(firewall.chain):
+            log("No server runs: sudo systemctl status tariq")
         for family, program in IPTABLES.items():
             try:
                 doubts = firewall.check(family)
