@@ -3,17 +3,18 @@
 
     sudo ./test_tariq.py                 the tests (pytest); without root the end-to-end ones are skipped
     sudo ./test_tariq.py demo            two throwaway hosts, a closed door and a knock: about 15 seconds
-    sudo ./test_tariq.py bench latency   time to an open port, against fwknop and knockd where installed; of what it is made
+    sudo ./test_tariq.py bench latency   time to an open port, beside other tools, and its parts
     sudo ./test_tariq.py bench clients   a knock where 1, 100, 1,000 and 10,000 clients are enrolled
-    sudo ./test_tariq.py bench load      authentic knocks a second that the server finishes, and its CPU for each
+    sudo ./test_tariq.py bench load      authentic knocks a second that the server finishes
     sudo ./test_tariq.py bench flood     knocks under a flood of garbage
-    sudo ./test_tariq.py bench timing    what a stranger can measure, with and without a server that runs
-    sudo ./test_tariq.py bench observer  the packets of a knock, as somebody on the path sees them
+    sudo ./test_tariq.py bench timing    what a stranger can measure, with and without a server
+    sudo ./test_tariq.py bench observer  a knock's packets, as somebody on the path sees them
 
 Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the end, also on failure.
 """
-import ast, atexit, base64, bisect, bz2, collections, copy, ctypes, fcntl, hashlib, importlib.util, io, itertools
-import json, math, os, pty, pwd, random, re, select, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile
+import ast, atexit, base64, bisect, bz2, collections, copy, ctypes, fcntl, hashlib, importlib.util
+import io, itertools, json, math, os, pty, pwd, random, re, select, shlex, shutil, signal, socket
+import statistics, struct, subprocess, sys, tempfile
 import termios, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -2983,7 +2984,7 @@ def demo():
 
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
-SECOND = "476c5ac"  # the second design's last commit: `bench latency` measures its tariq.py beside this one
+SECOND = "476c5ac"  # the second design's last commit: `bench latency` measures it, too
 RATIOS = {"kernel": 0.55, "udp": 0.5, "crafted": 1.2}  # wanted, to fwknop with GPG in the same run
 GIVE_UP = 5  # seconds without an open port
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
@@ -3022,8 +3023,14 @@ def server_beside(world, name, program=None):
     another.conf = make_server(lab, world.server, iptables_chain=name)
     another.ring = another.conf.parent / ".server-gpg"
     another.me = second_client(another, "client", ALLOW, user="me@laptop")
-    another.ports = [int(port) for port in config_values(another.me, "box")["secret_ports"].split(",")]
+    ports = config_values(another.me, "box")["secret_ports"]
+    another.ports = [int(port) for port in ports.split(",")]
     return another
+
+def print_row(names, cells):
+    """A table's row: each cell at least as wide as its column's name."""
+    cells = zip(names, cells)
+    print(*(f"{cell:>{max(len(name), 8)}}" for name, cell in cells), flush=True)
 
 def second_design():
     """The text of the second design's tariq.py, or None where the repository is not there."""
@@ -3079,7 +3086,7 @@ def start_knockd(world):
 
 def knock_tools(world, name):
     """{name of the tool: (its command, what shuts its door)} of a Tariq, each transport."""
-    def close():  # by a knock: a flush of the chain would leave the server with doors it believes open
+    def close():  # by a knock: a flush would leave the server with doors it believes open
         opens(world, "C", "22", transport="kernel")
     return {f"{name}, {kind}": (knock_words(world, transport=kind), close) for kind in RATIOS}
 
@@ -3118,21 +3125,27 @@ def bench_latency(rounds=20):
         time.sleep(1)  # the daemons start
         times = measure_tools(world, tools, rounds)
         parts = {name: knock_parts(world) for name, world in worlds.items()}
+    show_latencies(times, rounds)
+    print("\nwhat a knock by kernel consists of, medians in ms; each part set in is by itself")
+    print(" " * 36 + "".join(f"{name:>15}" for name in parts))
+    for part in parts["tariq"]:
+        print(f"  {part:34}" + "".join(f"{column[part]:15.1f}" for column in parts.values()))
+
+def show_latencies(times, rounds):
     medians = {tool: statistics.median(took) for tool, took in times.items()}
-    print(f"\nfrom command start to the first TCP connect, {rounds} rounds; beside each command a prober sends SYNs")
-    print(f"{'tool':24} {'median':>9} {'min':>9} {'p90':>9} {'to fwknop GPG':>13} {'wanted':>6} "
-          f"{'to the second design':>20}")
+    names = "median", "min", "p90", "to fwknop GPG", "wanted", "to the second design"
+    print(f"\nms from command start to the first TCP connect, {rounds} rounds; beside each command "
+          "a prober sends SYNs")
+    print(f"{'tool':24}", end="")
+    print_row(names, names)
     for tool, took in times.items():
         name, _, kind = tool.partition(", ")
-        base, old = medians.get("fwknop, GPG + HMAC"), medians.get(f"second design, {kind}")
-        print(f"{tool:24} {medians[tool]:6.1f} ms {min(took):6.1f} ms {quantile(took, 90):6.1f} ms "
-              f"{f'{medians[tool] / base:.2f}' if base else '':>13} "
-              f"{RATIOS[kind] if name == 'tariq' else '':>6} "
-              f"{f'{medians[tool] / old:.2f}' if old and name == 'tariq' else '':>20}")
-    print("\nwhat a knock by kernel consists of, medians in ms; each part that is set in, by itself")
-    print(" " * 44 + "".join(f"{name:>15}" for name in parts))
-    for part in parts["tariq"]:
-        print(f"  {part:42}" + "".join(f"{column[part]:15.1f}" for column in parts.values()))
+        ratios = [f"{medians[tool] / medians[base]:.2f}" if base in medians else ""
+                  for base in ("fwknop, GPG + HMAC", f"second design, {kind}")]
+        figures = [f"{value:.1f}" for value in (medians[tool], min(took), quantile(took, 90))]
+        wanted = RATIOS[kind] if name == "tariq" else ""
+        print(f"{tool:24}", end="")
+        print_row(names, [*figures, ratios[0], wanted, ratios[1] if name == "tariq" else ""])
 
 def knock_parts(world, rounds=15):
     """{part: ms} of a knock by kernel: by its packets, as the client's interface sees them, and
@@ -3143,8 +3156,8 @@ def knock_parts(world, rounds=15):
     text, peer, python = program.read_text(), Peer(world).seal(), (sys.executable, "-I")
     sealed, host = world.lab.dir / "sealed", world.server
     sealed.write_bytes(peer.sealed)
-    seal = ("gpg", "--homedir", peer.home, "-qo", "/dev/null", "--batch", "--yes", "--trust-model", "always",
-            "--compress-algo", "none", "-R", peer.to, "-u", f"<{peer.user}>", "-se", sealed)
+    seal = [*"gpg -qo /dev/null --batch --yes --trust-model always --compress-algo none".split(),
+            "--homedir", peer.home, "-R", peer.to, "-u", f"<{peer.user}>", "-se", sealed]
     rule = "-s 192.0.2.9 -p tcp -m conntrack --ctstate NEW -m tcp --dport 22 -j ACCEPT".split()
     return {"client: until its first packet": start,
             "    interpreter": cost_of(host, rounds, *python, "-c", "pass"),
@@ -3188,19 +3201,21 @@ def steps_of_a_knock(world):
     return [(then - now) * 1e3 for now, then in zip(times, times[1:])]
 
 def import_time(world):
-    """ms that a knock's imports take, by -X importtime: all behind `site`, the interpreter's own."""
+    """ms of a knock's imports, by -X importtime: all behind `site`, the interpreter's own."""
     program, *words = knock_words(world, "C", "22", transport="kernel")
     command = sys.executable, "-I", "-X", "importtime", program, *words
-    rows = re.findall(r"(?m)^import time: +(\d+) \|.*\| +(\S+)$", world.client.run(*command, user=NOBODY).stderr)
+    said = world.client.run(*command, user=NOBODY).stderr
+    rows = re.findall(r"(?m)^import time: +(\d+) \|.*\| +(\S+)$", said)
     own = [name for _, name in rows].index("site")
     return sum(int(microseconds) for microseconds, _ in rows[own + 1:]) / 1e3
 
 def unseal_cost(world, sealed, rounds):
     """ms that the server's gpg takes for a message, as its owner."""
-    key, owner = config_values(world.conf, "server")["server_key"], os.stat(world.ring).st_uid
-    return cost_of(world.server, rounds, *"gpg --batch --no-tty --quiet --no-options".split(), "--homedir", world.ring,
-                   *"--no-auto-check-trustdb --trust-model always -o /dev/null --yes --try-secret-key".split(), key,
-                   "--decrypt", sealed, user=owner)
+    key = config_values(world.conf, "server")["server_key"]
+    owner = os.stat(world.ring).st_uid
+    words = "gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --trust-model always"
+    return cost_of(world.server, rounds, *words.split(), "--homedir", world.ring, "-o", "/dev/null",
+                   "--yes", "--try-secret-key", key, "--decrypt", sealed, user=owner)
 
 def read_png(png):
     from PIL import Image
@@ -3233,8 +3248,8 @@ def probe(address, command):
 # == clients: a knock beside so many others who are enrolled ==
 
 def bench_clients(*counts, rounds=20):
-    """A knock's time where 1, 100, 1,000 and 10,000 clients are enrolled, each count in each round: a server each, on
-    one host. The client that knocks is the last in the keyring: gpg finds it last."""
+    """A knock's time where so many clients are enrolled: a server each, on one host, each in each
+    round. The client that knocks is the last in the keyring: gpg finds it last."""
     if not importlib.util.find_spec("cryptography"):
         sys.exit("makes the clients' keys with cryptography: apt-get install python3-cryptography")
     counts = counts or (1, 100, 1_000, 10_000)
@@ -3248,18 +3263,21 @@ def bench_clients(*counts, rounds=20):
             started(crowded)
         tools = {count: knock_tools(crowded, "")[", kernel"] for count, crowded in worlds.items()}
         times = measure_tools(world, {str(count): tool for count, tool in tools.items()}, rounds)
-        medians = {count: statistics.median(times[str(count)]) for count in counts}
-        print(f"\n{rounds} rounds, transport kernel; from command start to the first TCP connect; in ms")
-        print(f"{'clients':>8} {'median':>8} {'min':>8} {'p90':>8} {'to the first':>12}   "
-              f"{'gpg, unseal':>11} {'after an edit':>13} {'enrol one':>9}   {'monitor, MB':>11} {'start, s':>8}")
+        names = ("clients", "median", "min", "p90", "to the first", "gpg, unseal", "after an edit",
+                 "enrol one", "start", "monitor, MB")
+        print(f"\n{rounds} rounds, by kernel; ms from command start to the first TCP connect")
+        print_row(names, names)
+        base = statistics.median(times[str(counts[0])])
         for count, crowded in worlds.items():
             took = times[str(count)]
-            print(f"{count:8} {medians[count]:8.1f} {min(took):8.1f} {quantile(took, 90):8.1f} "
-                  f"{medians[count] / medians[counts[0]]:12.2f}   {crowded_unseal(crowded):11.1f} "
-                  f"{after_an_edit(crowded):13.1f} {enrolling(crowded):9.1f}   "
-                  f"{rss(crowded.tariq.process.pid):11.1f} {restart(crowded):8.1f}", flush=True)
-        print("gpg, unseal: the server's gpg, by itself; after an edit: by how much the first knock after one is\n"
-              "longer, as the policy is read anew; enrol one: `enroll` of a new key; start: from the server's start to its listening")
+            median, memory = statistics.median(took), rss(crowded.tariq.process.pid)
+            figures = (median, min(took), quantile(took, 90), crowded_unseal(crowded),
+                       after_an_edit(crowded), enrolling(crowded), restart(crowded), memory)
+            cells = [f"{figure:.1f}" for figure in figures]
+            print_row(names, [count, *cells[:3], f"{median / base:.2f}", *cells[3:]])
+        print("gpg, unseal: the server's gpg, by itself; after an edit: by how much the first\n"
+              "knock is longer, as the policy is read anew; enrol one: `enroll` of a new key;\n"
+              "start: from the server's start to its listening")
 
 def crowded_unseal(world):
     sealed = world.lab.dir / "sealed"
@@ -3283,24 +3301,26 @@ def enrolling(world, rounds=3):
     return statistics.median(took)
 
 def restart(world):
-    """Seconds from a server's start to its listening."""
+    """ms from a server's start to its listening."""
     world.tariq.stop()
-    return milliseconds(started, world) / 1e3
+    return milliseconds(started, world)
 
 def crowd(world, keys):
-    """Put more clients, (fingerprint, keybox blob) each, into a server's keyring and config: in the keyring between
-    the server's key, which init made first, and the client that knocks."""
+    """Put more clients, (fingerprint, keybox blob) each, into a server's keyring and config: in the
+    keyring between the server's key, which init made first, and the client that knocks."""
     keybox = world.ring / "pubring.kbx"
     head, own, *clients = blobs_of(keybox.read_bytes())
     keybox.write_bytes(b"".join([head, own, *(blob for _, blob in keys), *clients]))
     with open(world.conf, "a") as config:
         for number, (key, _) in enumerate(keys):
-            config.write(f"\n[allow client{number}@example.com]\nkey = {key}\nmay =\n    O 22/tcp\n    C 22/tcp\n")
+            config.write(f"\n[allow client{number}@example.com]\nkey = {key}\n"
+                         "may =\n    O 22/tcp\n    C 22/tcp\n")
     listing = gpg(world.ring, "--with-colons", "--list-keys").stdout
     assert len(re.findall("(?m)^pub:", listing)) == len(keys) + 2  # the server's, the client's
 
 def blobs_of(keybox):
-    """The blobs of a keybox file (GnuPG kbx/keybox-blob.c): a header, then one a key; each begins with its length."""
+    """The blobs of a keybox file (GnuPG kbx/keybox-blob.c): a header, then one a key. Each begins
+    with its length."""
     blobs = []
     while keybox:
         size = int.from_bytes(keybox[:4], "big")
@@ -3311,7 +3331,7 @@ def blobs_of(keybox):
 IMPORT_AT_ONCE = 100  # keys: for each that it imports, gpg copies the keyring first
 
 def forged_keys(lab, count):
-    """[(fingerprint, the keybox blob that gpg itself made of it)] of so many clients' public keys."""
+    """[(fingerprint, the keybox blob that gpg itself made of it)] of so many clients' keys."""
     made = [public_key(f"client{number}@example.com") for number in range(count)]
     def imported(start):
         home = lab.new("import")
@@ -3325,8 +3345,9 @@ def forged_keys(lab, count):
     return [(key, blob) for (key, _), blob in zip(made, blobs)]
 
 def public_key(user):
-    """A transferable public key (RFC 4880 and RFC 6637's successors, as GnuPG writes it): Ed25519 to sign, Curve25519
-    to encrypt, one user id, both signatures right -> (fingerprint, bytes). gpg's own generator takes 100 times longer."""
+    """A transferable public key (RFC 4880, 6637; the curves as GnuPG writes them): Ed25519 to sign,
+    Curve25519 to encrypt, one user id, both signatures right -> (fingerprint, bytes). gpg itself
+    would take 100 times as long to make one."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     def number(value):  # a multiprecision integer
@@ -3349,9 +3370,10 @@ def public_key(user):
                       + number(r_and_s[:32]) + number(r_and_s[32:]))
     private, made = Ed25519PrivateKey.generate(), struct.pack(">I", int(time.time()) - 60)
     point = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    # Version 4; algorithm and the curve's object identifier; a point, compressed.
     own = b"\4" + made + bytes.fromhex("16092b06010401da470f01") + number(b"\x40" + point)
-    # Any 32 bytes are a point of Curve25519.
-    other = b"\4" + made + bytes.fromhex("120a2b060104019755010501") + number(b"\x40" + os.urandom(32)) + b"\3\1\x08\7"
+    other = (b"\4" + made + bytes.fromhex("120a2b060104019755010501")
+             + number(b"\x40" + os.urandom(32)) + b"\3\1\x08\7")  # any 32 bytes; how to derive keys
     key, name = hashlib.sha1(to_hash(own)).digest(), user.encode()
     preferred = sub(11, b"\x09\x08\x07") + sub(21, b"\x0a\x09\x08") + sub(30, b"\1")
     certified = to_hash(own) + b"\xb4" + struct.pack(">I", len(name)) + name
@@ -3361,13 +3383,14 @@ def public_key(user):
 
 # == load: knocks that are sealed beforehand, as many as the server finishes ==
 
-ADDRESSES = range(40, 240)  # last numbers of the client's addresses from which they come
+ADDRESSES = [f"198.51.100.{number}" for number in range(40, 240)]  # from which they come
 PORTS = 22, 53, 8022, 9022  # doors an address may have: each knock is to open one of its own
 UNDER_WAY = 12  # knocks at once: the server takes up to 16 unanswered ones of an address
 REPEAT = 1.0  # seconds after which a knock is sent again
 
 class Prepared(Peer):
-    """A knock that is sealed beforehand, from one of the client's addresses, by a socket that waits for nothing."""
+    """A knock that is sealed beforehand, from one of the client's addresses, whose socket waits
+    for nothing."""
 
     def __init__(self, world, conf, address, port):
         super().__init__(world, "O", f"{port}/tcp", conf=conf)
@@ -3393,27 +3416,31 @@ class Prepared(Peer):
 
 def prepare(world, clients, count):
     """So many knocks, sealed, of all the clients in turn, each for a door of its own."""
-    doors = [(f"{world.client.ip.rpartition('.')[0]}.{number}", port) for port in PORTS for number in ADDRESSES]
-    knocks = [Prepared(world, conf, *door) for conf, door in zip(itertools.cycle(clients), doors[:count])]
+    doors = itertools.islice(itertools.product(PORTS, ADDRESSES), count)
+    knocks = [Prepared(world, conf, address, port)
+              for conf, (port, address) in zip(itertools.cycle(clients), doors)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [*pool.map(Prepared.seal, knocks)]
 
 def knocks_world(lab, clients=8):
-    """A world whose client host has many addresses, with so many enrolled clients -> (world, their configs)."""
+    """A world whose client host has many addresses, with so many enrolled clients -> (world, their
+    configs)."""
     world = new_world(lab)
-    for number in ADDRESSES:
-        sh("ip", "-n", world.client.netns, "addr", "add", f"{world.client.ip.rpartition('.')[0]}.{number}/24",
-           "dev", "eth0")
+    for address in ADDRESSES:
+        world.client.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
     allow = "O " + " ".join(map(str, PORTS)),
     return world, [second_client(world, f"client{number}", allow) for number in range(clients)]
 
 def send_knocks(knocks, rate=None, patience=10.0, repeats=True):
-    """Send knocks, at a rate or as they are finished, UNDER_WAY at once; returns when all are, or after patience
-    seconds without a result."""
+    """Send knocks, at a rate or as they are finished, UNDER_WAY at once; returns when all are, or
+    after patience seconds without a result."""
     waiting, under_way, poll = collections.deque(knocks), {}, select.poll()
     began = last = time.monotonic()
     while (waiting or under_way) and (now := time.monotonic()) - last < patience:
-        due = int((now - began) * rate) + 1 - (len(knocks) - len(waiting)) if rate else UNDER_WAY - len(under_way)
+        if rate:
+            due = int((now - began) * rate) + 1 - (len(knocks) - len(waiting))
+        else:
+            due = UNDER_WAY - len(under_way)
         for _ in range(min(due, len(waiting))):
             knock = waiting.popleft()
             under_way[knock.socket.fileno()] = knock
@@ -3441,7 +3468,8 @@ def agent_of(ring):
     raise ProcessLookupError(f"no gpg-agent of {ring}")
 
 def cpu_seconds(world):
-    """Seconds of CPU since the start of each: the server's parts, this process, and what the machine had left."""
+    """Seconds of CPU since the start of each: the server's parts, this process; and what the
+    machine had left."""
     def spent(pid):  # its own, and that of its children that have ended
         ticks = [*map(int, proc(pid, "stat").rpartition(")")[2].split()[11:15])]
         return sum(ticks[:2]) / CLOCK_TICKS, sum(ticks[2:]) / CLOCK_TICKS
@@ -3450,12 +3478,13 @@ def cpu_seconds(world):
     agent, _ = spent(agent_of(world.ring))
     all_of_it = [*map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])]
     return collections.Counter({
-        "gpg": unseal, "gpg-agent": agent, "listener": listener, "monitor": monitor, "firewall": firewall,
-        "sender": time.process_time(), "left": (all_of_it[3] + all_of_it[4]) / CLOCK_TICKS,
+        "gpg": unseal, "gpg-agent": agent, "listener": listener, "monitor": monitor,
+        "firewall": firewall, "sender": time.process_time(),
+        "left": (all_of_it[3] + all_of_it[4]) / CLOCK_TICKS,  # idle, and waiting for a disk
         "machine": sum(all_of_it) / CLOCK_TICKS, "time": time.monotonic()})
 
 def bench_load(count=400, clients=8):
-    """Authentic knocks a second that the server alone finishes: the clients' gpg has run beforehand."""
+    """Authentic knocks a second that the server alone finishes: clients' gpg ran beforehand."""
     with Lab() as lab:
         world, configs = knocks_world(lab, clients)
         started(world)
@@ -3467,28 +3496,42 @@ def bench_load(count=400, clients=8):
         spent = cpu_seconds(world)
         spent.subtract(before)
         after = [rss(pid) for pid in pids]
+    print(f"\n{count} knocks of {clients} clients, sealed beforehand, each for a door of its own, "
+          f"{UNDER_WAY} at once")
+    done = show_load(knocks)
+    show_cpu(spent, done)
+    print("  memory, MB: " + ", ".join(
+        f"{name} {start:.1f} -> {end:.1f}"
+        for name, start, end in zip(("listener", "monitor"), memory, after)))
+
+def show_load(knocks):
+    """Print how many were finished, and how fast; returns how many."""
     done = [knock for knock in knocks if knock.ended]
-    refused = [knock for knock in done if not knock.result[0]]
+    refused = sum(not knock.result[0] for knock in done)
     took = [(knock.ended - knock.began) * 1e3 for knock in done]
-    first, last = knocks[0].began, max(knock.ended for knock in done)
-    print(f"\n{count} knocks of {clients} clients, sealed beforehand, each for a door of its own, {UNDER_WAY} at once")
-    print(f"{len(done)} finished in {last - first:.1f} s: {len(done) / (last - first):.1f} a second; {len(refused)} "
-          f"refused; {sum(knock.repeats for knock in knocks)} repeats; each {statistics.median(took):.0f} ms "
-          f"(median), {max(took):.0f} ms (longest)")
-    fifths = [sum(part <= (knock.ended - first) * 5 / (last - first) < part + 1 for knock in done) for part in range(5)]
-    print(f"a second, in each fifth of the time: "
-          f"{', '.join(f'{number * 5 / (last - first):.1f}' for number in fifths)}")
+    first = knocks[0].began
+    lasted = max(knock.ended for knock in done) - first
+    print(f"{len(done)} finished in {lasted:.1f} s: {len(done) / lasted:.1f} a second; {refused} "
+          f"refused; {sum(knock.repeats for knock in knocks)} sent again")
+    print(f"  a knock: {statistics.median(took):.0f} ms (median), {max(took):.0f} ms (longest)")
+    fifths = collections.Counter(int((knock.ended - first) * 5 / lasted) for knock in done)
+    rates = [f"{fifths[part] * 5 / lasted:.1f}" for part in range(5)]  # the last one falls out
+    print(f"  a second, in each fifth of the time: {', '.join(rates)}")
+    return len(done)
+
+def show_cpu(spent, done):
+    """Print the CPU of each part of the server, per knock."""
     parts = "gpg", "gpg-agent", "listener", "monitor", "firewall"
     total = sum(spent[part] for part in parts)
     for part in (*parts, "sender"):
-        print(f"  {part:10} {spent[part] / len(done) * 1e3:6.2f} ms of CPU a knock, {spent[part] / spent['time']:6.1%} of a core")
+        print(f"  {part:10} {spent[part] / done * 1e3:6.2f} ms of CPU a knock, "
+              f"{spent[part] / spent['time']:6.1%} of a core")
     others = spent["machine"] - spent["left"] - total - spent["sender"]
-    print(f"  server     {total / len(done) * 1e3:6.2f} ms, so {os.cpu_count()} cores could finish "
-          f"{os.cpu_count() * len(done) / total:.0f} a second at most; of the machine's time "
-          f"{spent['left'] / spent['machine']:.0%} was left,\n  {others / spent['machine']:.0%} was taken by what "
-          "is no part of this (the kernel for the packets, other programs)")
-    print("  memory, MB: " + ", ".join(f"{name} {start:.1f} -> {end:.1f}" for name, start, end in
-                                       zip(("listener", "monitor"), memory, after)))
+    print(f"  server     {total / done * 1e3:6.2f} ms, so {os.cpu_count()} cores could finish "
+          f"{os.cpu_count() * done / total:.0f} a second at most")
+    print(f"  of the machine's time {spent['left'] / spent['machine']:.0%} was left, and "
+          f"{others / spent['machine']:.0%} went to what is no part of this: the kernel, for the "
+          "packets, and other programs")
 
 # == flood: knocks while garbage comes in at the right ports ==
 
@@ -3539,21 +3582,26 @@ def part_flood(link, source, destination, ports, rate):
 
 @contextmanager
 def flood(world, source, rate):
-    """Garbage from the other host meanwhile -> what counts, afterwards: packets by the interfaces, seconds, CPU."""
+    """Garbage from the other host meanwhile. Yields a Counter, which has afterwards: packets by the
+    interfaces, seconds, CPU."""
     server, attacker = world.server, world.other
-    words = link_header(attacker, server).hex(), source, server.ip, ",".join(map(str, world.ports)), rate
-    sender = attacker.popen(sys.executable, HERE / "test_tariq.py", "flood-sender", *words, stdin=PIPE, stdout=PIPE)
+    ports = ",".join(map(str, world.ports))
+    words = link_header(attacker, server).hex(), source, server.ip, ports, rate
+    sender = attacker.popen(sys.executable, HERE / "test_tariq.py", "flood-sender", *words,
+                            stdin=PIPE, stdout=PIPE)
     sender.stdout.readline()  # its frames are made
     def counters():
-        sent, got = link_state(attacker)["stats64"]["tx"]["packets"], link_state(server)["stats64"]["rx"]["packets"]
-        return collections.Counter(sent=sent, got=got, **cpu_seconds(world))
+        sent, got = (link_state(host)["stats64"] for host in (attacker, server))
+        return collections.Counter(sent=sent["tx"]["packets"], got=got["rx"]["packets"],
+                                   **cpu_seconds(world))
     before, counted = counters(), collections.Counter()
     try:
         yield counted
         counted.update(counters())
         counted.subtract(before)
         if sender.poll() is not None:
-            print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: the next row is too good")
+            print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: "
+                  "the next row is too good")
     finally:
         sender.communicate()
 
@@ -3569,24 +3617,28 @@ def knock_once(world):
     took = (time.perf_counter() - began) * 1e3
     return took if shut and done.returncode == 0 and world.client.connects(world.server.ip, timeout=3) else None
 
+FLOOD_COLUMNS = ("asked/s", "sent/s", "got/s", f"of {OFFERED}", "median", "longest", "CPU", "left",
+                 "opened", "median", "longest", "CPU", "listener", "monitor")
+
 def bench_flood(*rates, knocks=20):
-    """Authentic knocks while garbage comes in at each rate, half from one address, half from many: OFFERED a second,
-    sealed beforehand and sent once, then a few of an ordinary user, whose client repeats what is lost."""
+    """Authentic knocks while garbage comes in at each rate, half of the time from one address, half
+    from many: OFFERED a second, sealed beforehand and sent once, then a few of an ordinary user,
+    whose client repeats what is lost."""
     with Lab() as lab:
         world, configs = knocks_world(lab, 4)
         started(world)
         knock_once(world)  # the warm-up
-        print(f"\n{OFFERED} a second: knocks offered, for {OFFERED_FOR} s with garbage from one address and as long from "
-              f"{POOL},\nsealed beforehand, sent once: those answered within {IN_TIME:.0f} s; opened: by an ordinary "
-              f"client, of {knocks};\nCPU: of the listener, in a core; left: of the machine, which also sends the "
-              "garbage; memory in MB")
-        print(f"{'asked/s':>8} {'sent/s':>8} {'got/s':>8} {f'of {OFFERED}':>7} {'median':>8} {'max':>8} {'CPU':>7} "
-              f"{'left':>6}   {'opened':>7} {'median':>8} {'max':>8} {'CPU':>7}   {'listener':>8} {'monitor':>8}")
+        print(f"\nof {OFFERED}: knocks offered each second, for {OFFERED_FOR} s with garbage from "
+              f"one\naddress and as long from {POOL}, sealed beforehand, sent once: those that had "
+              f"their\nresult within {IN_TIME:.0f} s; opened: by an ordinary client, of {knocks}; "
+              "times in ms;\nCPU: the listener's, of a core; left: of the machine, which sends the "
+              "garbage, too;\nmemory in MB")
+        print_row(FLOOD_COLUMNS, FLOOD_COLUMNS)
         for rate in rates or (0, 1_000, 2_000, 100_000, 200_000, 300_000):
-            flood_row(world, configs, rate, knocks)
+            print_row(FLOOD_COLUMNS, flood_row(world, configs, rate, knocks))
 
 def flood_row(world, configs, rate, knocks):
-    """Measure one rate, and print it."""
+    """One rate's cells."""
     offered, opened, memory = [], [], []
     alone, beside = collections.Counter(), collections.Counter()
     for source in world.other.ip, "many":
@@ -3600,15 +3652,16 @@ def flood_row(world, configs, rate, knocks):
             opened += [knock_once(world) for _ in range(knocks // 2)]
         beside += counted
         memory.append([rss(pid) for pid in (world.tariq.listener, world.tariq.process.pid)])
-    listener, monitor = map(max, zip(*memory))
     times = [(knock.ended - knock.began) * 1e3 for knock in offered if knock.ended]
     answered = sum(took <= IN_TIME * 1e3 for took in times) * OFFERED / len(offered)
-    sent, got = (alone[name] / alone["time"] for name in ("sent", "got"))
-    times, took = times or [float("nan")], [took for took in opened if took] or [float("nan")]
-    print(f"{rate:8} {sent:8.0f} {got:8.0f} {answered:7.1f} {statistics.median(times):5.0f} ms {max(times):5.0f} ms "
-          f"{alone['listener'] / alone['time']:7.1%} {alone['left'] / alone['machine']:6.1%}   "
-          f"{f'{len(opened) - opened.count(None)}/{len(opened)}':>7} {statistics.median(took):5.0f} ms "
-          f"{max(took):5.0f} ms {beside['listener'] / beside['time']:7.1%}   {listener:8.1f} {monitor:8.1f}", flush=True)
+    took = [took for took in opened if took]
+    def longest(times):
+        return [f"{statistics.median(times):.0f}", f"{max(times):.0f}"] if times else ["-", "-"]
+    return [rate, *(f"{alone[name] / alone['time']:.0f}" for name in ("sent", "got")),
+            f"{answered:.1f}", *longest(times), f"{alone['listener'] / alone['time']:.0%}",
+            f"{alone['left'] / alone['machine']:.0%}", f"{len(took)}/{len(opened)}", *longest(took),
+            f"{beside['listener'] / beside['time']:.0%}",
+            *(f"{most:.1f}" for most in map(max, zip(*memory)))]
 
 # == timing: what a stranger can measure, with and without a Tariq that runs ==
 
@@ -3622,51 +3675,59 @@ with socket.create_server(("", {PUBLIC}), backlog=64) as listening:
 """
 
 def bench_timing(samples=5_000):
-    """Round trips that a stranger measures at a host that answers ping and has a public port, while a server runs
-    there and while none does, in turn; and how many answers ports without a service give."""
+    """Round trips that a stranger measures at a host that answers ping and has a public port, while
+    a server runs there and while none does, in turn; and how many answers closed ports give."""
     with Lab() as lab:
         world = new_world(lab)
         server, stranger = world.server, world.other
-        for words in f"-p tcp --dport {PUBLIC} -j ACCEPT", "-p icmp --icmp-type echo-request -j ACCEPT":
-            server.run("iptables", "-A", "INPUT", *words.split())
+        for match in f"tcp --dport {PUBLIC}", "icmp --icmp-type echo-request":
+            server.run("iptables", "-A", "INPUT", "-p", *match.split(), "-j", "ACCEPT")
         server.popen(sys.executable, "-I", "-c", ANSWERER)
-        wait_for(lambda: server.run("ss", "-Hltn", f"sport = :{PUBLIC}").stdout, "the public port is not there")
+        wait_for(lambda: server.run("ss", "-Hltn", f"sport = :{PUBLIC}").stdout, "no public port")
         link = link_header(stranger, server)
-        secret, other = world.ports[0], next(port for port in range(20_000, 30_000) if port not in world.ports)
-        garbage = [[garbage_syn(link, stranger.ip, server.ip, port) for _ in range(256)] for port in (secret, other)]
+        other = next(port for port in range(20_000, 30_000) if port not in world.ports)
+        ports = world.ports[0], other
+        garbage = [[garbage_syn(link, stranger.ip, server.ip, port) for _ in range(256)]
+                   for port in ports]
         measured = {running: [[] for _ in range(4)] for running in (True, False)}
         answers, block = collections.Counter(), -(-samples // BLOCKS)
         for number in range(2 * BLOCKS):
-            running = number % 4 in (0, 3)  # with, without, without, with: as if each came first as often
+            running = number % 4 in (0, 3)  # with, without, without, with: each is first as often
             if running:
                 started(world)
             time.sleep(0.3)  # what starts and stops is done
             stranger.inside(round_trips, server.ip, garbage, 20)  # a warm-up
-            for kept, new in zip(measured[running], stranger.inside(round_trips, server.ip, garbage, block)):
-                kept.append(new)
-            answers[running] += silence(world, [secret, other], link, block)
+            took = stranger.inside(round_trips, server.ip, garbage, block)
+            for blocks, times in zip(measured[running], took):
+                blocks.append(times)
+            answers[running] += silence(world, ports, link, block)
             if running:
                 assert world.tariq.stop() == 0
-    names = ("ping", f"connect to port {PUBLIC}", "ping behind garbage at a knock's port",
-             "ping behind garbage at another port")
-    print(f"\n{block * BLOCKS} samples each, in {BLOCKS} blocks with a server and as many without, in turn; in µs")
-    print(f"{'a stranger measures':38} {'with':>8} {'without':>8} {'KS':>7} {'with/with':>9} {'without/without':>15}")
-    for place, name in enumerate(names):
+    count = block * BLOCKS
+    print(f"\n{count} samples each, in {BLOCKS} blocks with a server and as many without; "
+          "medians in µs")
+    print(f"{'a stranger measures':38}", end="")
+    print_row(KS_COLUMNS, KS_COLUMNS)
+    for place, name in enumerate(("ping", f"connect to port {PUBLIC}",
+                                  "ping behind garbage at a knock's port",
+                                  "ping behind garbage at another port")):
         show_ks(name, measured[True][place], measured[False][place])
     show_ks("garbage: a knock's port, another one", measured[True][2], measured[True][3])
-    count = block * BLOCKS
-    print(f"critical at 1 %: {critical(count, count):.4f}; in the last two columns (half as many: every other block, "
-          f"of one kind) {critical(count // 2, count // 2):.4f}\nThese say how much of a difference this machine makes "
-          "by itself, with nothing changed.")
-    print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and others: "
-          f"{answers[True]} with, {answers[False]} without")
+    print("KS: the two-sample Kolmogorov-Smirnov statistic, critical at 1 % "
+          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of one kind, "
+          f"{critical(count // 2, count // 2):.4f}: they\nsay how much this machine differs by itself. "
+          "In the last row, without is the other port,\nwhile the server runs.")
+    print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and "
+          f"others: {answers[True]} with, {answers[False]} without")
 
 def round_trips(address, garbage, count):
-    """In the stranger's namespace: µs of a ping, of a connect, of a ping right behind each kind of garbage."""
+    """In the stranger's namespace: µs of a ping, of a connect, of a ping right behind each kind of
+    garbage."""
     times = [[] for _ in range(4)]
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp, \
             socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as wire:
         icmp.connect((address, 0))
+        icmp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
         wire.bind(("eth0", 0))
         for number in range(count):
             times[0].append(ping(icmp, number))
@@ -3676,16 +3737,14 @@ def round_trips(address, garbage, count):
                 sock.connect((address, PUBLIC))
                 times[1].append((time.perf_counter_ns() - began) / 1e3)
             for place in (2, 3) if number % 2 else (3, 2):
-                frames = garbage[place - 2]
-                times[place].append(ping(icmp, number, lambda: wire.send(frames[number % len(frames)])))
+                frame = garbage[place - 2][number % len(garbage[0])]
+                times[place].append(ping(icmp, number, lambda frame=frame: wire.send(frame)))
     return times
 
 def ping(icmp, number, before=None):
     """µs from an echo request, and what is sent before it, to its reply."""
-    request = struct.pack(">BBHHH", 8, 0, 0, os.getpid() & 0xFFFF, number) + b"abcdefgh"
-    total = sum(struct.unpack(f">{len(request) // 2}H", request))
-    total = (total & 0xFFFF) + (total >> 16)
-    request = request[:2] + struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + request[4:]
+    ident, number = 0x5441, number & 0x7FFF  # so small that the checksum's sum has no carry
+    request = struct.pack(">4H", 0x0800, 0xFFFF - (0x0800 + ident + number), ident, number)
     began = time.perf_counter_ns()
     if before:
         before()
@@ -3695,33 +3754,40 @@ def ping(icmp, number, before=None):
     return (time.perf_counter_ns() - began) / 1e3
 
 def silence(world, ports, link, count):
-    """Packets that the server sends when so many SYNs, and as many datagrams, come to each of some ports."""
+    """How many packets the server sends when so many SYNs and datagrams come to each port."""
     from scapy.layers.inet import IP, UDP as Datagram
     frames = []
     for port in ports:
-        datagram = IP(src=world.other.ip, dst=world.server.ip) / Datagram(sport=4000, dport=port) / os.urandom(GARBAGE)
-        frames += [garbage_syn(link, world.other.ip, world.server.ip, port), link + bytes(datagram)]
+        ip = IP(src=world.other.ip, dst=world.server.ip)
+        datagram = ip / Datagram(sport=4000, dport=port) / os.urandom(GARBAGE)
+        syn = garbage_syn(link, world.other.ip, world.server.ip, port)
+        frames += [syn, link + bytes(datagram)]
     with captured(world.server, outgoing=True) as sent:
         inject(world.other, frames, count)
     return sum(packet.frame[12:14] == b"\x08\0" for packet in sent)  # IPv4: not ARP's
 
 def ks_statistic(one, other):
-    """The two-sample Kolmogorov-Smirnov statistic: the largest distance of two empirical distributions."""
+    """Kolmogorov's and Smirnov's: the largest distance of two empirical distributions."""
     one, other = sorted(one), sorted(other)
-    return max(abs(bisect.bisect_right(one, value) / len(one) - bisect.bisect_right(other, value) / len(other))
-               for value in (*one, *other))
+    def share(samples, value):
+        return bisect.bisect_right(samples, value) / len(samples)
+    return max(abs(share(one, value) - share(other, value)) for value in (*one, *other))
 
 def critical(one, other):
-    """What the statistic exceeds by chance once in 100 times, of so many samples that are independent."""
+    """What the statistic exceeds once in 100 times by chance, of so many independent samples."""
     return math.sqrt(-math.log(0.01 / 2) / 2) * math.sqrt((one + other) / (one * other))
+
+KS_COLUMNS = "with", "without", "KS", "with/with", "without/without"
 
 def show_ks(name, one, other):
     """A row: medians and statistic of two kinds of blocks, and the statistic within each kind."""
     def flat(blocks):
         return [*itertools.chain(*blocks)]
     within = [ks_statistic(flat(blocks[::2]), flat(blocks[1::2])) for blocks in (one, other)]
-    print(f"{name:38} {statistics.median(flat(one)):8.1f} {statistics.median(flat(other)):8.1f} "
-          f"{ks_statistic(flat(one), flat(other)):7.4f} {within[0]:9.4f} {within[1]:15.4f}")
+    medians = [f"{statistics.median(flat(blocks)):.1f}" for blocks in (one, other)]
+    statistic = ks_statistic(flat(one), flat(other))
+    print(f"{name:38}", end="")
+    print_row(KS_COLUMNS, [*medians, *(f"{value:.4f}" for value in (statistic, *within))])
 
 # == observer: what somebody on the path sees of a knock ==
 
@@ -3735,32 +3801,38 @@ def bench_observer(knocks=10):
             for _ in range(knocks):
                 with captured(world.client) as packets:
                     opens(world, "O", "22", transport=transport, where=where)
-                recorded.append([packet for packet in packets if {packet.source, packet.port} & {*world.ports}])
-            observed(world, f"{transport}, IPv{'6' if where == 'box6' else '4'}", recorded)
+                ports = {*world.ports}
+                recorded.append([packet for packet in packets
+                                 if ports & {packet.source, packet.port}])
+            family = "IPv6" if where == "box6" else "IPv4"
+            show_observed(world, f"{transport}, {family}", recorded)
 
-def observed(world, title, recorded):
+def show_observed(world, title, recorded):
     """Print the first of some knocks packet by packet, and what differs among them."""
     def show(packet):
-        flags = "".join(letter for bit, letter in enumerate("FSRPAU") if packet.flags >> bit & 1)
+        flags = "".join(name for bit, name in enumerate("FSRPAU") if packet.flags >> bit & 1)
         port = world.ports.index(packet.port if packet.outgoing else packet.source) + 1
-        return (f"{'->' if packet.outgoing else '<-'} port {port} {flags or 'UDP':3} {len(packet.frame) - 14:5} "
+        way = "->" if packet.outgoing else "<-"
+        return (f"{way} port {port} {flags or 'UDP':3} {len(packet.frame) - 14:5} "
                 f"{len(packet.payload):5}")
     first = recorded[0]
     print(f"\n{title}: {len(first)} packets\n     ms  way         IP bytes, of payload")
     for packet in first:
         print(f"{(packet.time - first[0].time) * 1e3:7.2f}  {show(packet)}")
     shapes = collections.Counter(tuple(map(show, packets)) for packets in recorded)
-    sizes = sorted({len(packet.payload) for packets in recorded for packet in packets if packet.payload})
+    payloads = {len(packet.payload) for packets in recorded for packet in packets} - {0}
     lasted = [(packets[-1].time - packets[0].time) * 1e3 for packets in recorded]
-    print(f"  {len(recorded)} knocks: {shapes.most_common(1)[0][1]} of one shape, {len(shapes)} shapes; payloads of "
-          f"{', '.join(map(str, sizes))} bytes; from first to last packet {min(lasted):.0f} to {max(lasted):.0f} ms")
+    sizes = ", ".join(map(str, sorted(payloads)))
+    print(f"  of {len(recorded)} knocks {shapes.most_common(1)[0][1]} looked like the commonest; "
+          f"payloads of {sizes} bytes;\n  from the first packet to the last {min(lasted):.0f} to "
+          f"{max(lasted):.0f} ms")
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 def main():
     name, *arguments = sys.argv[1:] or ["test"]
-    benches = {"latency": bench_latency, "clients": bench_clients, "load": bench_load, "flood": bench_flood,
-               "timing": bench_timing, "observer": bench_observer}
+    benches = {"latency": bench_latency, "clients": bench_clients, "load": bench_load,
+               "flood": bench_flood, "timing": bench_timing, "observer": bench_observer}
     if name == "flood-sender":
         return part_flood(*arguments)
     if name == "demo":
