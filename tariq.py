@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -I
+#!/usr/bin/python3 -IS
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
 you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
@@ -34,8 +34,8 @@ The parts, in the order of the file, and who reads what before trusting it with 
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
-import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
+import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json
+import os, queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
 import time, zlib
 from collections import OrderedDict, namedtuple
 from contextlib import suppress
@@ -75,6 +75,12 @@ class Fault(Exception):
 def missing(name):
     package = PACKAGES.get(name.partition(".")[0], name)
     return Fault(MISSING, f"{name} is missing on this machine: apt-get install {package}")
+
+def find_packages():
+    """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
+    where it is not asked for, and none ever as root."""
+    import site
+    site.main()
 
 def as_fault(error):
     """Any exception as a Fault: this is where the rest of them get their words."""
@@ -413,6 +419,7 @@ def cover_image(directory):
     """SIDE x SIDE RGB samples: a random PNG of the directory; without one, random. Raises Fault."""
     if not directory:
         return os.urandom(SIDE * ROW)
+    find_packages()
     from PIL import Image
     path = os.path.expanduser(directory)
     try:
@@ -612,6 +619,7 @@ class Crafted:
     kernel, which knows nothing of the connection, answers the SYN-ACK with RST: that is ignored."""
 
     def __init__(self, route, frames):
+        find_packages()
         try:
             self.raw = socket.socket(route.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
@@ -642,7 +650,7 @@ def find_routes(host, family, ports):
         raise Fault(NO_ANSWER, f"{host} has no address that can be found here: is it written "
                                f"right? ({error.strerror})")
     routes = []
-    for family, _, _, _, where in found[:ADDRESSES_MAX]:
+    for family, _, _, _, where in found:
         targets = [(where[0], port, *where[2:]) for port in ports]
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(targets[0])  # sends nothing: it looks up the route
@@ -651,7 +659,10 @@ def find_routes(host, family, ports):
     if not routes:
         raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
                                "up here?")
-    return routes
+    # Both families soon: the first address, the first of the other family, then the rest.
+    other = [route for route in routes if route.family != routes[0].family][:1]
+    rest = [route for route in routes[1:] if route not in other]
+    return [routes[0], *other, *rest][:ADDRESSES_MAX]
 
 # Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
 # what `ipaddress` says of these depends on its version.
@@ -712,8 +723,10 @@ class Client:
         self.server_key = config.get("server_key", sections)
         self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
         self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = options.address or config.get("address", sections, "")
-        self.ports = options.ports or config.get("secret_ports", sections)
+        self.address = parse("address", options.address) if options.address \
+            else config.get("address", sections, "")
+        self.ports = parse("secret_ports", options.ports) if options.ports \
+            else config.get("secret_ports", sections)
         self.shared = shared_key(config.get("secret", sections), self.ports)
         self.target = config.get("host", sections, options.host)  # what is knocked at
 
@@ -882,9 +895,9 @@ class Listener:
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.lock = threading.Lock()  # of the three below, which threads share
-        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
+        self.lock = threading.Lock()  # of these two, which threads share
+        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
@@ -911,27 +924,30 @@ class Listener:
             return None
         if sent <= self.began <= now:
             return None  # perhaps a replay from before the start (a clock set back: no telling)
-        if nonce in self.seen or packet.own_port != self.ports[min(position, self.last)]:
+        if packet.own_port != self.ports[min(position, self.last)] or not self.remember(nonce):
             return None
-        self.remember(nonce)
         return position, knock_id, piece, packet
 
     def remember(self, token):
+        """-> whether it is new."""
         with self.lock:
+            if token in self.seen:
+                return False
             self.seen[token] = None
             if len(self.seen) > SEEN_MAX:
                 self.seen.popitem(last=False)
+        return True
 
     def collect(self, position, knock_id, piece, packet):
         """A frame to its knock, whose address is where its last fragment first came from."""
         with self.lock:
-            knock = self.knocks.get(knock_id)
+            knock, ended = self.knocks.get(knock_id), knock_id in self.seen
         if knock:  # a thread serves it: a last fragment again, or an answer, is for that thread
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet  # replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
                     knock.frames.put_nowait(piece)
-        elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
+        elif position <= self.last and not ended:
             knock = self.partial.setdefault(knock_id, Knock())
             if len(self.partial) > KNOCKS_MAX:
                 self.partial.popitem(last=False)
@@ -1080,15 +1096,15 @@ def cmd_listener(descriptors):
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
 #
-#   program                               by              as            time     output is cut at
-#   iptables, ip6tables, -restore         run             root          15 s     OUTPUT_ROOM
-#   open_command, close_command           run             root          15 s     OUTPUT_ROOM
-#   a client's permitted command (E)      Monitor         root          command_timeout, OUTPUT_ROOM
-#   ss, useradd, systemctl, timedatectl   run             root          60 s     OUTPUT_ROOM
-#   gpg (init, enroll, check: never on    gpg             keyring's     60 s     memory
-#     what came from the network)                           owner
-#   this file as the listener             start_listener  keyring's     no end   /dev/null
-#                                                           owner
+#   program                              by              as               time      output
+#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   open_command, close_command          run             root             15 s      OUTPUT_ROOM
+#   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
+#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
+#     id, gpgconf, systemctl (init)
+#   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
+#     (init, check, enroll)
+#   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1127,11 +1143,11 @@ def query(*words, seconds=15, data=b""):
         raise missing(words[0])
     return status, output.decode(errors="replace")
 
-def run(*words, accept=0, seconds=15, data=b""):
+def run(*words, accept=0, seconds=15):
     """Log and run a program that changes something -> (exit status up to `accept`, its output).
     Raises Fault."""
-    log(f"+ {shlex.join(words)}" + "".join(f"; {line}" for line in data.decode().splitlines()))
-    status, output = query(*words, seconds=seconds, data=data)
+    log(f"+ {shlex.join(words)}")
+    status, output = query(*words, seconds=seconds)
     if status > accept:
         raise Fault(SYSTEM, f"{words[0]} failed: {output.strip()[:300] or f'status {status}'}")
     return status, output
@@ -1190,8 +1206,6 @@ KEPT = {
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
 
-IDLE = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"  # no first packet
-
 class Iptables:
     """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
     public_ports, to one more that drops what is not public."""
@@ -1201,7 +1215,7 @@ class Iptables:
         self.hiding_chain = f"{self.chain}-hide"
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
-        self.public_ports = config.values["server"].get("public_ports")  # None: INPUT is not ours
+        self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them; [] where there is no such chain."""
@@ -1218,7 +1232,7 @@ class Iptables:
         status, output = query(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
                                data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
         if status:
-            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore failed: {output.strip()[:300]}")
+            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore refuses this.", output[:300])
 
     def put_back(self, family, starting=False):
         """Make and link what INPUT lacks of ours; no door at the start -> INPUT's rules then."""
@@ -1226,11 +1240,12 @@ class Iptables:
         lines = [] if chain else [f"-N {self.chain}"]
         if starting:
             lines, chain = [*lines, f"-F {self.chain}"], []
-        if not self.jumps() <= set(rules):
+        if starting or not self.jumps() <= set(rules):
             lines += self.linking_lines(family, rules)
         # What is established stays so, also when INPUT is hidden later: the kernel tracks it from
         # now on. Where INPUT was flushed, and its policy drops all, add what else has to go on.
-        flushed = "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:])
+        flushed = "-P INPUT DROP" in rules \
+            and all(self.chain in rule for rule in rules if rule.startswith("-A"))
         lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]
                   if (flushed or rule == ESTABLISHED) and f"-A {self.chain} {rule}" not in chain]
         if not lines:
@@ -1248,8 +1263,8 @@ class Iptables:
 
     def linking_lines(self, family, rules, limit=""):
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
-        behind it to what drops all but the public ports. With a limit the kernel ends that, and
-        until then it takes up TCP connections that it does not know yet: they were idle."""
+        behind it to what drops all but the public ports, until a limit at which the kernel ends
+        that."""
         lines = [rule.replace("-A", "-D", 1) for rule in rules
                  if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
         if self.public_ports is not None:
@@ -1257,7 +1272,7 @@ class Iptables:
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
             lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, *([IDLE] if limit else []), "-j DROP"]),
+                        for rule in [*KEPT[family], *public, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1278,7 +1293,7 @@ class Iptables:
                 rules = self.put_back(family, starting=True)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
-                if doubts := self.doubts(rules):
+                if doubts := self.doubts(family, rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
                 if family == 4:
@@ -1295,7 +1310,7 @@ class Iptables:
         if status:
             raise Fault(CONFIG, f"open_tcp_port or open_udp_port is no rule of {IPTABLES[family]}: "
                                 f"{output.strip()[:200]}")
-        return self.doubts(self.rules(family, "INPUT"))
+        return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
         if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
@@ -1317,22 +1332,23 @@ class Iptables:
         """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
         rules = self.put_back(door.family)
         run(*self.words("-A", door))
-        return self.doubts(rules)
+        return self.doubts(door.family, rules)
 
-    def doubts(self, rules):
+    def doubts(self, family, rules):
         """What rules of INPUT are not as doors need them, in words, or ''."""
-        found = []
-        doors = f"-A INPUT -j {self.chain}"
-        before = itertools.takewhile(lambda rule: rule != doors, rules[1:])
+        found, doors = [], f"-A INPUT -j {self.chain}"
+        before = itertools.takewhile(lambda rule: rule != doors, rules)
         if doors not in rules:
             found.append("INPUT does not lead to the doors (does the server run?)")
-        elif not all(rule.endswith("-j ACCEPT") for rule in before):
+        elif not all(rule.endswith("-j ACCEPT") for rule in before if rule.startswith("-A")):
             found.append("another rule stands before Tariq's in INPUT, and may refuse you")
-        if "legacy" in rules[0]:  # iptables' warning about tables of its older kind
-            found.append("the tables of iptables-legacy may refuse you")
+        if rules[0].startswith("#"):  # a warning: the older kind of iptables has rules, too
+            older = f"{IPTABLES[family]}-legacy"
+            if re.search("DROP|REJECT", query(older, "-S", "INPUT")[1]):
+                found.append(f"the rules of {older} may refuse you")
         if not self.drops(rules):
             found.append("INPUT drops nothing: no port is hidden")
-        return " and ".join(found)
+        return "; ".join(found)
 
     def close(self, door):
         """-> whether it was open."""
@@ -1385,29 +1401,45 @@ def cmd_hide(options):
         sudo tariq.py hide 80 443/tcp 443/udp
         sudo tariq.py hide --undo"""
     need_root()
-    config = Config(options.config, root=True)
-    config.require("server")
-    firewall = Iptables(config)
-    if "open_command" in config.values["server"]:
-        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
     ports = [port_of(word) for word in options.ports]
+    config = Config(options.config, root=True)
+    firewall = Iptables(config)
     if not take_lock(firewall.hiding_chain):
         raise Fault(SYSTEM, "hide runs already, in another terminal: end it there (Ctrl-C).")
     if options.undo:
         return unhide(config, firewall)
+    config.require("server")
+    if "open_command" in config.values["server"]:
+        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    firewalld = "/usr/bin/firewall-cmd"
+    if os.path.exists(firewalld) and query(firewalld, "--state")[0] == 0:
+        raise Fault(CONFIG, "firewalld runs here, and would flush what hide makes: hide by its "
+                            "means (README, Firewalls of your own).")
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
-                           f"public_ports in {config.path}, or begin anew after hide --undo.")
+                           f"public_ports in {config.path}, and restart the server.")
     if take_lock(firewall.chain):
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
+    if not try_hiding(config, firewall, ports):
+        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
+                               "sudo tariq.py check says what is wrong.")
+    log("A connection came in through a door: hidden for good, also after a reboot. "
+        "sudo tariq.py hide --undo ends it.")
+
+def try_hiding(config, firewall, ports):
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
+    for family in IPTABLES:
+        with suppress(Fault):  # `hide` says it
+            firewall.put_back(family)
     firewall.public_ports = ports
     hidden = [port for port in listening_ports() if port not in ports]
     log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
         f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
+        signal.signal(number, signal.default_int_handler)
     kept, before = False, packets_in(firewall)
     try:
-        limit = time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL))
-        hide(firewall, limit)
+        hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
             "(O 22), then connect (ssh).")
         end = monotonic() + TRIAL
@@ -1422,11 +1454,7 @@ def cmd_hide(options):
     finally:
         if not kept:
             unhide(config, firewall)
-    if not kept:
-        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
-                               "sudo tariq.py check says what is wrong.")
-    log("A connection came in through a door: hidden for good, also after a reboot. "
-        "sudo tariq.py hide --undo ends it.")
+    return kept
 
 def hide(firewall, limit=""):
     for family, program in IPTABLES.items():
@@ -1435,8 +1463,9 @@ def hide(firewall, limit=""):
             firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, "Nothing is hidden: without a rule that ends by itself (xt_time "
-                                    f"in the kernel) there would be no way back. {fault}")
+                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by "
+                                    "itself (xt_time in the kernel) there is no way back.",
+                            fault.detail)
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
@@ -1536,7 +1565,7 @@ class Monitor:
                 config = Config(self.config.path, root=True)
                 config.require("server")
                 self.config = config
-                self.firewall.public_ports = config.values["server"].get("public_ports")
+                self.firewall.public_ports = config.get("public_ports", default=None)
                 for line in config.all_faults():
                     log(line)
             except (Fault, OSError) as error:
@@ -1603,11 +1632,11 @@ class Monitor:
         return f"opened {names} for {last.source} until {last.end()}{doubt}"
 
     def open(self, door):
-        known = self.doors.get(door.key)
-        if known and known.user != door.user and known.until > door.until:
-            return ""  # who shares an address shares its doors: this one stays open longer
-        if known:
-            self.close(known)  # opened again, it has a new end
+        """O, for one port -> why it may be shut all the same, in words, or ''. Raises Fault."""
+        if known := self.doors.get(door.key):
+            if known.user != door.user and known.until > door.until:
+                door = known  # who shares an address shares its doors: the later end holds
+            self.close(known)
         owned = [other for other in self.doors.values() if other.user == door.user]
         if len(owned) >= DOORS_MAX:
             self.close(owned[0])  # the oldest
@@ -1858,23 +1887,29 @@ def locked_directory(path):
     return directory
 
 def write_file(path, text, mode=0o600):
-    """Write a file, whole or not at all: the server may read it at any moment."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
+    try:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(f"{path}.new")
+        raise Fault(SYSTEM, f"{path} cannot be written: {error.strerror}. It is as it was.")
     log(f"wrote {path}")
 
 def set_public_ports(path, ports):
-    """Set public_ports in a server's config, or take it out (None); all else stays as it is."""
+    """Set public_ports in [server], or take it out (None); all else stays as it is."""
     locked_directory(path)
-    text = re.sub(r"(?m)^public_ports *=.*\n", "", Config(path, root=True).text)
+    text = Config(path, root=True).text
+    server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
+    header, rest = re.sub(r"(?mi)^public_ports *=.*\n", "", server).split("\n", 1)
     if ports is not None:
-        line = f"public_ports = {', '.join(ports) or 'none'}\n"
-        text = re.sub(r"(?m)^\[server\].*\n", lambda header: header[0] + line, text, count=1)
-    write_file(path, text)
+        header += f"\npublic_ports = {', '.join(ports) or 'none'}"
+    write_file(path, text.replace(server, f"{header}\n{rest}"))
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -1891,7 +1926,8 @@ def install():
     files = [(PROGRAM, source, 0o755), *([(UNIT_PATH, UNIT, 0o644)] if systemd else [])]
     for path, text, mode in files:
         with suppress(OSError), open(path, encoding="utf-8") as file:
-            if file.read() == text:
+            status = os.fstat(file.fileno())
+            if (file.read(), status.st_uid, status.st_mode & 0o777) == (text, 0, mode):
                 continue
         write_file(path, text, mode)
     return systemd
@@ -1902,9 +1938,10 @@ def cmd_init(options):
 
         sudo ./tariq.py init"""
     need_root()
-    import importlib.util, pwd, shutil
-    needed = {PACKAGES[name] for name in PACKAGES if not shutil.which(name)
-              and not (name in ("scapy", "PIL") and importlib.util.find_spec(name))}
+    import importlib.machinery, pwd, shutil, site
+    find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
+    needed = {PACKAGES[name] for name in PACKAGES
+              if not shutil.which(name) and not find_spec(name, places)}
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
@@ -1997,7 +2034,8 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    log(f"the key of {options.user} is {key} (knocks use that of `user` in {path})")
+    log(f"The key of {options.user} {known and trouble_with(known) or 'is ' + key}. Knocks are "
+        f"signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
@@ -2079,7 +2117,7 @@ def command_line():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="store_true",
                         help="print the version, and the SHA-256 of this very file")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="tariq.py", metavar="COMMAND", required=True)
     add = {}
     for function, config in (
             (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
@@ -2101,16 +2139,14 @@ def command_line():
     add["join"]("host", help="the server's name or address, as you will knock at it")
     add = add["knock"]
     add("-u", "--user", help="sign with the key of this user")
-    add("-p", "--ports", help="knock at these secret_ports",
-        type=lambda text: parse("secret_ports", text))
+    add("-p", "--ports", help="knock at these secret_ports")
     add("-i", "--img-dir", help="hide the request in a PNG image of this folder")
     add("-g", "--gpg-dir", help="use this keyring")
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0,
             help=f"knock by IPv{flag[1]} only")
     add("-t", "--timeout", type=float, default=10, help="give up after so many seconds (10)")
-    add("--address", help="the address that the server should see (behind NAT), or any",
-        type=lambda text: parse("address", text))
+    add("--address", help="the address that the server should see (behind NAT), or any")
     add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
         help="send by this only; kernel and udp take turns otherwise")
     add("-v", "--verbose", action="store_true", help="say each step, and what gpg said")
