@@ -3714,8 +3714,8 @@ def bench_timing(samples=5_000):
         show_ks(name, measured[True][place], measured[False][place])
     show_ks("garbage: a knock's port, another one", measured[True][2], measured[True][3])
     print("KS: the two-sample Kolmogorov-Smirnov statistic, critical at 1 % "
-          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of one kind, "
-          f"{critical(count // 2, count // 2):.4f}: they\nsay how much this machine differs by itself. "
+          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of a kind, "
+          f"{critical(count // 2, count // 2):.4f}: they\nsay how far this machine differs by itself. "
           "In the last row, without is the other port,\nwhile the server runs.")
     print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and "
           f"others: {answers[True]} with, {answers[False]} without")
