@@ -2998,14 +2998,10 @@ def milliseconds(function, *arguments):
     function(*arguments)
     return (time.perf_counter() - began) * 1e3
 
-def median_of(rounds, function, *arguments):
-    """The median of a function's time in ms."""
-    return statistics.median(milliseconds(function, *arguments) for _ in range(rounds))
-
-def cost_of(host, rounds, *argv, user=NOBODY):
-    """The median of a program's time in ms, less that of a program that does nothing."""
+def cost_of(host, *argv, user=NOBODY):
+    """A program's time in ms, less that of a program that does nothing."""
     def run(*words):
-        return median_of(rounds, lambda: host.run(*words, user=user))
+        return milliseconds(lambda: host.run(*words, user=user))
     return run(*argv) - run("true")
 
 def server_beside(world, name, program=None):
@@ -3124,12 +3120,12 @@ def bench_latency(rounds=20):
                 print(f"{tool}: not installed")
         time.sleep(1)  # the daemons start
         times = measure_tools(world, tools, rounds)
-        parts = {name: knock_parts(world) for name, world in worlds.items()}
+        parts = measure_parts(worlds)
     show_latencies(times, rounds)
     print("\nwhat a knock by kernel consists of, medians in ms; each part set in is by itself")
-    print(" " * 36 + "".join(f"{name:>15}" for name in parts))
-    for part in parts["tariq"]:
-        print(f"  {part:34}" + "".join(f"{column[part]:15.1f}" for column in parts.values()))
+    print(" " * 36 + "".join(f"{name:>15}" for name in worlds))
+    for part, *figures in parts:
+        print(f"  {part:34}" + "".join(f"{figure:15.1f}" for figure in figures))
 
 def show_latencies(times, rounds):
     medians = {tool: statistics.median(took) for tool, took in times.items()}
@@ -3147,35 +3143,48 @@ def show_latencies(times, rounds):
         print(f"{tool:24}", end="")
         print_row(names, [*figures, ratios[0], wanted, ratios[1] if name == "tariq" else ""])
 
-def knock_parts(world, rounds=15):
-    """{part: ms} of a knock by kernel: by its packets, as the client's interface sees them, and
-    what the two longest of these steps consist of, each part by itself."""
-    steps = [steps_of_a_knock(world) for _ in range(rounds)]
-    start, unseal, proof, act, end = map(statistics.median, zip(*steps))
-    program = world.lab.dir / "tariq.py"
-    text, peer, python = program.read_text(), Peer(world).seal(), (sys.executable, "-I")
-    sealed, host = world.lab.dir / "sealed", world.server
+STEPS = ("client: until its first packet", "server: until its challenge",
+         "client: until its answer", "server: until its result", "client: until its exit")
+
+def measure_parts(worlds, rounds=15):
+    """[(part, median in ms in each of the worlds)]: a knock's steps, by its packets as the client's
+    interface sees them, and what they consist of, each part by itself; all of it in each round."""
+    functions = [knock_parts(world) for world in worlds.values()]
+    times = collections.defaultdict(list)
+    for _ in range(rounds):
+        for place, world in enumerate(worlds.values()):
+            for step, took in zip(STEPS, steps_of_a_knock(world)):
+                times[place, step].append(took)
+                for part, function in functions[place].get(step, {}).items():
+                    times[place, f"    {part}"].append(function())
+    rows = []
+    for step in STEPS:
+        names = [step, *(f"    {part}" for part in functions[0].get(step, {}))]
+        rows += [(name, *(statistics.median(times[place, name]) for place in range(len(worlds))))
+                 for name in names]
+    return rows
+
+def knock_parts(world):
+    """{step: {part of it: what measures that part in ms}}"""
+    peer, host, program = Peer(world).seal(), world.server, world.lab.dir / "tariq.py"
+    sealed, text, png = world.lab.dir / "sealed", program.read_text(), make_png(b"x")
     sealed.write_bytes(peer.sealed)
     seal = [*"gpg -qo /dev/null --batch --yes --trust-model always --compress-algo none".split(),
             "--homedir", peer.home, "-R", peer.to, "-u", f"<{peer.user}>", "-se", sealed]
-    rule = "-s 192.0.2.9 -p tcp -m conntrack --ctstate NEW -m tcp --dport 22 -j ACCEPT".split()
-    return {"client: until its first packet": start,
-            "    interpreter": cost_of(host, rounds, *python, "-c", "pass"),
-            "    imports": statistics.median(import_time(world) for _ in range(rounds)),
-            "    compiling tariq.py": median_of(rounds, compile, text, "tariq.py", "exec"),
-            "    gpg, seal": cost_of(host, rounds, *seal),
-            "server: until its challenge": unseal,
-            "    gpg, unseal": unseal_cost(world, sealed, rounds),
-            "    PNG, by Pillow": median_of(rounds, read_png, make_png(b"x")),
-            "    the reply, by scapy": median_of(rounds, scapy_reply),
-            "client: until its answer": proof,
-            "server: until its result": act,
-            "    firewall: is the jump there?": cost_of(
-                host, rounds, "iptables", "-w", "5", "-C", "INPUT", "-j", "tariq", user=0),
-            "    firewall: the rule": cost_of(
-                host, rounds, "iptables", "-w", "5", "-A", "tariq", *rule, user=0),
-            "    the reply, by scapy ": median_of(rounds, scapy_reply),
-            "client: until its exit": end}
+    iptables, rule = ("iptables", "-w", "5"), "-s 192.0.2.9 -p tcp --dport 22 -j ACCEPT".split()
+    return {
+        STEPS[0]: {
+            "interpreter": lambda: cost_of(host, sys.executable, "-I", "-c", "pass"),
+            "imports": lambda: import_time(world),
+            "compiling tariq.py": lambda: milliseconds(compile, text, "tariq.py", "exec"),
+            "gpg, seal": lambda: cost_of(host, *seal)},
+        STEPS[1]: {
+            "gpg, unseal": lambda: unseal_cost(world, sealed),
+            "PNG, by Pillow": lambda: milliseconds(read_png, png),
+            "a reply, by scapy": lambda: milliseconds(scapy_reply)},
+        STEPS[3]: {
+            "iptables, a look": lambda: cost_of(host, *iptables, "-S", "INPUT", user=0),
+            "iptables, a rule": lambda: cost_of(host, *iptables, "-A", "tariq", *rule, user=0)}}
 
 def steps_of_a_knock(world):
     """ms from the client's start to its first fragment, to the challenge, to its answer, to the
@@ -3209,12 +3218,12 @@ def import_time(world):
     own = [name for _, name in rows].index("site")
     return sum(int(microseconds) for microseconds, _ in rows[own + 1:]) / 1e3
 
-def unseal_cost(world, sealed, rounds):
+def unseal_cost(world, sealed):
     """ms that the server's gpg takes for a message, as its owner."""
     key = config_values(world.conf, "server")["server_key"]
     owner = os.stat(world.ring).st_uid
     words = "gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --trust-model always"
-    return cost_of(world.server, rounds, *words.split(), "--homedir", world.ring, "-o", "/dev/null",
+    return cost_of(world.server, *words.split(), "--homedir", world.ring, "-o", "/dev/null",
                    "--yes", "--try-secret-key", key, "--decrypt", sealed, user=owner)
 
 def read_png(png):
@@ -3279,10 +3288,11 @@ def bench_clients(*counts, rounds=20):
               "knock is longer, as the policy is read anew; enrol one: `enroll` of a new key;\n"
               "start: from the server's start to its listening")
 
-def crowded_unseal(world):
+def crowded_unseal(world, rounds=15):
+    """The median of gpg's time for a knock in ms."""
     sealed = world.lab.dir / "sealed"
     sealed.write_bytes(Peer(world).seal().sealed)
-    return unseal_cost(world, sealed, 15)
+    return statistics.median(unseal_cost(world, sealed) for _ in range(rounds))
 
 def after_an_edit(world, rounds=5):
     """By how many ms a knock is longer that is the first after an edit of the config."""
@@ -3714,9 +3724,9 @@ def bench_timing(samples=5_000):
         show_ks(name, measured[True][place], measured[False][place])
     show_ks("garbage: a knock's port, another one", measured[True][2], measured[True][3])
     print("KS: the two-sample Kolmogorov-Smirnov statistic, critical at 1 % "
-          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of a kind, "
-          f"{critical(count // 2, count // 2):.4f}: they\nsay how far this machine differs by itself. "
-          "In the last row, without is the other port,\nwhile the server runs.")
+          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of one, "
+          f"{critical(count // 2, count // 2):.4f}:\nthey say how far this machine differs by "
+          "itself. In the last row, without is the other port,\nwhile the server runs.")
     print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and "
           f"others: {answers[True]} with, {answers[False]} without")
 
