@@ -348,20 +348,23 @@ def list_keys(home, *arguments, data=b""):
         if kind in ("pub", "sec"):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
-                         "expires": end})
+                         "expires": end, "can": fields[10]})  # in capitals: what it is good for now
         elif keys and kind in ("fpr", "uid"):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
     if not keys and "agent" in said:
         raise gpg_fault(home, said)
     return keys
 
-def trouble_with(key):
-    """Why a key cannot be used, in words, or ''. None: it is not there."""
+def trouble_with(key, use):
+    """Why a key (None: it is not there) cannot be used to sign ("S") or to be encrypted to ("E"),
+    in words, or ''."""
     if not key:
         return "is not in the keyring"
     if key["validity"] == "e":
         return f"expired on {key['expires']}"
-    return {"r": "is revoked", "i": "is invalid", "d": "is disabled"}.get(key["validity"], "")
+    if key["validity"] == "r":
+        return "is revoked"
+    return "" if use in key["can"] else "has a subkey that expired or is revoked"
 
 def find_key(home, option, name):
     return next(iter(list_keys(home, option, name)), None)
@@ -752,8 +755,8 @@ class Client:
 
     def look_at_keys(self, fault):
         """gpg did not seal. Raises Fault where a key is not there, or no longer good."""
-        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)))
-        server = trouble_with(find_key(self.home, "--list-keys", self.server_key))
+        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)), "S")
+        server = trouble_with(find_key(self.home, "--list-keys", self.server_key), "E")
         if own:
             raise Fault(BAD_DATA, f"Your key, {self.user}, {own} {self.home}: renew it, or make "
                                   "one with tariq.py keygen; then enroll it.", fault.detail)
@@ -1084,7 +1087,7 @@ def cmd_listener(descriptors):
         leave_roots_memory()
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
-        if trouble := trouble_with(key):
+        if trouble := trouble_with(key, "E"):
             raise Fault(CONFIG, f"The server's key {trouble} {listener.home}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
@@ -1989,23 +1992,25 @@ def cmd_check(options):
             return function(*arguments)
         except Exception as error:
             faults.append(str(as_fault(error)))
-    if "server" not in config.faults:
-        home = config.get("server_gpg_dir")
+    if home := config.get("server_gpg_dir", default=None):
         attempt(as_owner, home)
         keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
                 for key in attempt(list_keys, home, option) or []}
-        for fingerprint, section in {config.get("server_key"): "server", **config.clients}.items():
+        wanted = {config.get("server_key", default=""): "server", **config.clients}
+        for fingerprint, section in wanted.items():
             key = keys.get(fingerprint)
             if section == "server" and key and key["kind"] != "sec":
                 key = None
-            if trouble := trouble_with(key):
+            if trouble := trouble_with(key, "E" if section == "server" else "S"):
                 faults.append(f"The key of [{section}] {trouble} {home}.")
             else:
                 log(f"The key of [{section}] is good, and expires: {key['expires']}.")
-        monitor = attempt(Monitor, config, "")
-        if monitor and isinstance(monitor.firewall, Iptables):
-            for family, program in IPTABLES.items():
-                doubts = attempt(monitor.firewall.check, family)
+    if "open_command" in config.values["server"]:
+        attempt(Commands, config)
+    elif firewall := attempt(Iptables, config):
+        for family, program in IPTABLES.items():
+            doubts = attempt(firewall.check, family)
+            if doubts is not None:
                 log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
     for line in faults:
         log(f"FAULT: {line}")
@@ -2034,8 +2039,8 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    log(f"The key of {options.user} {known and trouble_with(known) or 'is ' + key}. Knocks are "
-        f"signed by that of `user` in {path}.")
+    state = known and trouble_with(known, "S") or f"is {key}"
+    log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
@@ -2056,24 +2061,26 @@ def cmd_enroll(options):
     as_owner(home)  # raises Fault where it is root's
     profile = {item: config.ini["server"][item] for item in PROFILE}  # as text
     key = show_key(home, text)
-    fingerprint, before = key["fpr"], find_key(home, "--list-keys", key["fpr"])
     name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
-    section = config.clients.get(fingerprint)
+    section = config.clients.get(key["fpr"])
+    trouble = trouble_with(key, "S")
+    if not section and trouble:
+        raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
     if not section and (f"allow {name}" in config.values
                         or not re.fullmatch(r"(?a)\w[\w.@+-]*", name)):
         raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one with "
                               "--name.")
-    gpg(home, "--import", data=text)
+    _, status, _ = gpg(home, "--import", data=text)
     if section:
-        now = find_key(home, "--list-keys", fingerprint)
-        news = "nothing is new" if now == before else \
-            f"its key is updated: it {trouble_with(now) or 'expires: ' + now['expires']}"
-        log(f"[{section}] is there already: {news}. What it may do stays as it is.")
+        updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
+        state = trouble or f"expires: {key['expires']}"
+        log(f"[{section}] is there already, and its key is {'updated' if updated else 'the same'}: "
+            f"it {state}. What it may do stays as it is.")
     else:
         may = "".join(f"\n    {line}" for line in lines)
-        section = f"[allow {name}]\nkey = {fingerprint}\nmay ={may}\n"
+        section = f"[allow {name}]\nkey = {key['fpr']}\nmay ={may}\n"
         write_file(config.path, f"{config.text.rstrip()}\n\n{section}")
-        log(f"{name} ({fingerprint}) may {'; '.join(lines)}")
+        log(f"{name} ({key['fpr']}) may {'; '.join(lines)}")
     profile["public_key"] = gpg(home, "--armor", "--export", profile["server_key"])[0].decode()
     os.write(1, json.dumps(profile).encode() + b"\n")
 
