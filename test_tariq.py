@@ -3686,13 +3686,16 @@ with socket.create_server(("", {PUBLIC}), backlog=64) as listening:
 
 def bench_timing(samples=5_000):
     """Round trips that a stranger measures at a host that answers ping and has a public port, while
-    a server runs there and while none does, in turn; and how many answers closed ports give."""
+    a server runs there and while none does, in turn; and how many answers closed ports give. The
+    stranger has a core of his own: else a listener that wakes up would take his time, as none does
+    on a machine of its own."""
     with Lab() as lab:
         world = new_world(lab)
         server, stranger = world.server, world.other
         for match in f"tcp --dport {PUBLIC}", "icmp --icmp-type echo-request":
             server.run("iptables", "-A", "INPUT", "-p", *match.split(), "-j", "ACCEPT")
-        server.popen(sys.executable, "-I", "-c", ANSWERER)
+        core, *_, servers_core = sorted(os.sched_getaffinity(0)) * 2
+        pin(server.popen(sys.executable, "-I", "-c", ANSWERER).pid, servers_core)
         wait_for(lambda: server.run("ss", "-Hltn", f"sport = :{PUBLIC}").stdout, "no public port")
         link = link_header(stranger, server)
         other = next(port for port in range(20_000, 30_000) if port not in world.ports)
@@ -3704,10 +3707,11 @@ def bench_timing(samples=5_000):
         for number in range(2 * BLOCKS):
             running = number % 4 in (0, 3)  # with, without, without, with: each is first as often
             if running:
-                started(world)
+                for pid in started(world).listener, world.tariq.process.pid:
+                    pin(pid, servers_core)
             time.sleep(0.3)  # what starts and stops is done
-            stranger.inside(round_trips, server.ip, garbage, 20)  # a warm-up
-            took = stranger.inside(round_trips, server.ip, garbage, block)
+            stranger.inside(round_trips, server.ip, garbage, 20, core)  # a warm-up
+            took = stranger.inside(round_trips, server.ip, garbage, block, core)
             for blocks, times in zip(measured[running], took):
                 blocks.append(times)
             answers[running] += silence(world, ports, link, block)
@@ -3730,9 +3734,15 @@ def bench_timing(samples=5_000):
     print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and "
           f"others: {answers[True]} with, {answers[False]} without")
 
-def round_trips(address, garbage, count):
+def pin(pid, core):
+    """Let all threads of a process run on one core only."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+def round_trips(address, garbage, count, core):
     """In the stranger's namespace: µs of a ping, of a connect, of a ping right behind each kind of
     garbage."""
+    os.sched_setaffinity(0, {core})  # of this thread
     times = [[] for _ in range(4)]
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp, \
             socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as wire:
