@@ -74,7 +74,8 @@ class Fault(Exception):
 
 def missing(name):
     package = PACKAGES.get(name.partition(".")[0], name)
-    return Fault(MISSING, f"{name} is missing on this machine: apt-get install {package}")
+    mend = "" if "/" in name else f": apt-get install {package}"
+    return Fault(MISSING, f"{name} is missing on this machine{mend}")
 
 def find_packages():
     """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
@@ -153,10 +154,11 @@ def address_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
-FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
-FIELD_WORDS = "{dport}, and {ip} or {net} (never {ip}/24: {net} is right for both families)"
-RULE = (r"-A \S+ " + FIELDS, f"a rule of iptables: -A CHAIN, then {FIELD_WORDS}", template_of)
-COMMAND = (FIELDS, f"a command with {FIELD_WORDS}", template_of)
+FIELDS = r"(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
+SOURCE = r"(?=.*(?<!! )(-s|--source) \{(ip|net)\}( |$))"  # and no more than that
+RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
+        "right for both families), and {dport}", template_of)
+COMMAND = (FIELDS, "a command with {dport}, and {ip} or {net}", template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
@@ -171,7 +173,7 @@ SYNTAX = {
     "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,22}", "a chain of its own, not in capitals", str),
     "public_ports": (".+", "ports as 80/tcp, 443/tcp, or none", public_ports_of),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
-    "host": (r"[\w.:%-]+", "an ASCII name or address", str),
+    "host": (r"(?!(server|client|DEFAULT)$)[\w.:%-]+", "an ASCII name or address", str),
     "address": (".+", "an IP address, or any", address_of),
 }
 IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
@@ -274,7 +276,7 @@ GPG = ["gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "
 READ_ONLY = "--lock-never"  # writes nothing: a full disk does not matter
 CLOCK_SKEW = 60  # seconds that a client's clock may differ from the server's
 INPUT_MAX = 65_536  # bytes that are read of standard input
-UNSEAL_TIME = 3  # seconds: 15 ms are usual; nested compression would take 10 s
+UNSEAL_TIME = 2  # seconds: 15 ms are usual; nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 WORDS_MAX = 65_536  # bytes that are read of gpg's words
@@ -290,13 +292,21 @@ GPG_FAULTS = (
      "The passphrase of the key in {home} was wrong, or was not given."),
 )
 
+def owner_of(directory):
+    """A keyring's owner: user id, group id. Raises Fault."""
+    if not os.path.isdir(directory):
+        raise Fault(MISSING, f"There is no keyring {directory}: tariq.py init makes a server's, "
+                             "tariq.py keygen a client's.")
+    status = os.stat(directory)
+    return status.st_uid, status.st_gid
+
 def as_owner(directory):
-    """The words by which root runs a program as a directory's owner, without a capability."""
-    owner = os.stat(directory)
-    if not owner.st_uid:
-        raise Fault(CONFIG, f"{directory} is root's, and the listener runs as its owner: "
-                            f"chown -R tariq: {directory}")
-    return ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups",
+    """The words by which root runs a program as a keyring's owner, without a capability."""
+    user, group = owner_of(directory)
+    if not user:
+        raise Fault(CONFIG, f"{directory} is root's, and has to be another user's, who can do "
+                            f"nothing else: chown -R tariq: {directory}")
+    return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups",
             "--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all",
             "--pdeathsig", "KILL"]
 
@@ -305,10 +315,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
     status lines are never among them. What lies in a keyring's directory may command gpg-agent, so
     root runs gpg as the directory's owner. Raises Fault."""
     home = os.path.expanduser(home)
-    if not os.path.isdir(home):
-        raise Fault(MISSING, f"There is no keyring {home}: tariq.py init makes a server's, "
-                             "tariq.py keygen a client's.")
-    change = as_owner(home) if os.stat(home).st_uid and not os.geteuid() else []
+    change = as_owner(home) if owner_of(home)[0] and not os.geteuid() else []
     environment = dict(os.environ)
     with suppress(OSError):
         environment["GPG_TTY"] = os.ttyname(2)  # where pinentry asks for a passphrase
@@ -396,7 +403,8 @@ def unseal(home, sealed, own):
     plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
-    status = [line.split()[1:] for line in lines.splitlines()]  # [GNUPG:] keyword argument...
+    # [GNUPG:] keyword argument...
+    status = [words for line in lines.splitlines() if (words := line.split()[1:])]
     keywords = [words[0] for words in status]
     for keyword, *words in status:
         if keyword in REFUSALS:
@@ -682,17 +690,14 @@ class Exchange:
         self.client, self.route = client, route
         self.sealed = None  # until it is needed
 
-    def send(self, transport):
-        """All fragments, in new frames -> the socket that is answered. Raises Fault or OSError."""
+    def frames(self):
+        """All fragments, in new frames. Raises Fault."""
         if not self.sealed:
             k = os.urandom(32)
             self.sealed = self.client.seal_request(k)
             self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
-        self.client.step(f"{len(self.route.targets)} fragments go to {self.route.address} by "
-                         f"{transport}.")
-        frames = fragments_of(self.client.shared, self.knock_id, self.sealed,
-                              len(self.route.targets))
-        return TRANSPORTS[transport](self.route, frames)
+        return fragments_of(self.client.shared, self.knock_id, self.sealed,
+                            len(self.route.targets))
 
     def answer(self, challenge, sock):
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
@@ -776,8 +781,10 @@ class Client:
         wait, end = FIRST_WAIT, monotonic() + seconds
         while monotonic() < end:
             exchange, transport = next(turns)
+            frames = exchange.frames()
+            self.step(f"{len(frames)} fragments go to {exchange.route.address} by {transport}.")
             try:
-                sockets[exchange.send(transport)] = exchange, transport
+                sockets[TRANSPORTS[transport](exchange.route, frames)] = exchange, transport
             except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
                 trouble = f" ({transport}: {as_fault(error)})"
             if len(sockets) > 4:  # three SYN time-outs, and Linux stops Fast Open: close in time
@@ -836,13 +843,21 @@ def cmd_knock(options):
     routes = find_routes(client.target, options.family, client.ports)
     began = monotonic()
     exchange, transport, result = client.knock(routes, options.transport, options.timeout)
-    status = report(client, result)
+    fault = None
+    try:
+        status = report(client, result)
+    except Fault as error:
+        if error.code != SYSTEM:
+            raise
+        fault = error  # the server's ip6tables, say: perhaps the other family's works
     # ssh may take either family: open the other one's door, too. Never run a command twice.
     others = [route for route in routes if route.family != exchange.route.family]
     if others and client.command[0] != "E":
         with suppress(Fault):  # it is an extra
             _, _, result = client.knock(others, [transport], 3 * (monotonic() - began))
-            report(client, result)
+            status, fault = report(client, result), None
+    if fault:
+        raise fault
     return status
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
@@ -920,13 +935,13 @@ class Listener:
         # == to here. Who sent it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        if abs(now - sent) > CLOCK_SKEW:
+        old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
+        if old or abs(now - sent) > CLOCK_SKEW:
             self.complain("clock", f"{address_in(packet)} sent an authentic frame of "
-                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}:"
-                                   " its clock or this one is wrong, or it is a recording.")
+                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}"
+                                   f"{', before this start' if old else ''}: its clock or this one "
+                                   "is wrong, or it is a recording.")
             return None
-        if sent <= self.began <= now:
-            return None  # perhaps a replay from before the start (a clock set back: no telling)
         if packet.own_port != self.ports[min(position, self.last)] or not self.remember(nonce):
             return None
         return position, knock_id, piece, packet
@@ -1219,6 +1234,7 @@ class Iptables:
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
         self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
+        self.families = set()  # in which there may be doors
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them; [] where there is no such chain."""
@@ -1294,6 +1310,7 @@ class Iptables:
         for family, program in IPTABLES.items():
             try:
                 rules = self.put_back(family, starting=True)
+                self.families.add(family)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
                 if doubts := self.doubts(family, rules):
@@ -1302,6 +1319,8 @@ class Iptables:
                 if family == 4:
                     raise
                 log(f"No doors for IPv6: {fault}")
+        if not all("{until}" in template for template in self.templates.values()):
+            log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
     def check(self, family):
         """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
@@ -1317,8 +1336,7 @@ class Iptables:
 
     def try_rule(self, door):
         if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
-            log(f"{IPTABLES[door.family]} refuses a rule with a time limit (no xt_time in this "
-                "kernel?): this server ends doors, not the kernel, and kill -9 leaves them open.")
+            log(f"{IPTABLES[door.family]} refuses a rule with a time limit: no xt_time here?")
             for protocol, template in self.templates.items():
                 self.templates[protocol] = template.replace(TIME_LIMIT, "")
             run(*self.words("-A", door))
@@ -1334,6 +1352,7 @@ class Iptables:
     def open(self, door):
         """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
         rules = self.put_back(door.family)
+        self.families.add(door.family)
         run(*self.words("-A", door))
         return self.doubts(door.family, rules)
 
@@ -1358,8 +1377,8 @@ class Iptables:
         return run(*self.words("-D", door), accept=1)[0] == 0
 
     def close_all(self, _doors):
-        for program in IPTABLES.values():
-            yield [program, *WAIT, "-F", self.chain]
+        for family in self.families:
+            yield [IPTABLES[family], *WAIT, "-F", self.chain]
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1370,8 +1389,7 @@ class Commands:
 
     def prepare(self):
         if "{until}" not in self.opening and "{seconds}" not in self.opening:
-            log("open_command has neither {seconds} nor {until}: this server ends doors, and "
-                "kill -9 leaves them open.")
+            log("This server ends doors, not the firewall: kill -9 leaves them open.")
 
     def put_back(self, family):
         pass  # open_command's business
@@ -1497,9 +1515,10 @@ def packets_in(firewall):
     """{rule of a door: how many packets that begin a connection have come in by it}"""
     packets = {}
     for family in IPTABLES:
-        for rule in firewall.rules(family, firewall.chain, "-v"):
-            if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
-                packets[rule.replace(counters[1], "")] = int(counters[2])
+        with suppress(Fault):  # there is no ip6tables
+            for rule in firewall.rules(family, firewall.chain, "-v"):
+                if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
+                    packets[rule.replace(counters[1], "")] = int(counters[2])
     return packets
 
 def take_lock(name):
@@ -1613,7 +1632,7 @@ class Monitor:
     def named(self, text):
         """Text with clients' names in the place of their fingerprints."""
         def name(match):
-            return self.config.clients.get(match[0], match[0]).removeprefix("allow ")
+            return self.policy().clients.get(match[0], match[0]).removeprefix("allow ")
         return re.sub(r"\b[0-9A-F]{40}\b", name, text)
 
     def ready(self):
@@ -1678,7 +1697,7 @@ class Monitor:
     def look_after_firewall(self):
         """Put back what a flush took, in both families, once the client has its answer."""
         for family in IPTABLES:
-            with suppress(Fault):  # the next door says it
+            with suppress(Exception):  # the next door says it
                 self.firewall.put_back(family)
 
     def stop(self):
@@ -2009,9 +2028,11 @@ def cmd_check(options):
         attempt(Commands, config)
     elif firewall := attempt(Iptables, config):
         for family, program in IPTABLES.items():
-            doubts = attempt(firewall.check, family)
-            if doubts is not None:
+            try:
+                doubts = firewall.check(family)
                 log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+            except Fault as fault:
+                (log if family == 6 else faults.append)(str(fault))
     for line in faults:
         log(f"FAULT: {line}")
     return CONFIG if faults else 0
