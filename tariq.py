@@ -22,6 +22,13 @@ sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, 
 time, and has a fresh nonce: the same bytes twice are a replay. The client repeats its knock in new
 frames until it has the result; the server acts once. Patience is how long a command may run.
 
+Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and with K in the
+memory of server, listener and client; private keys in keyrings, read by gpg and gpg-agent only,
+with a passphrase where their owner set one (a server's has none); k in client, listener, and pipes
+to gpg. Nowhere else: no argument, environment or log has one (a log has 16 characters of what
+stands in the place of a config's key), no other user's process can look in (the listener is not
+dumpable), and the service leaves no core dump.
+
 The parts, in the order of the file, and who reads what before trusting it with a machine:
 
     part                   runs as                is fed by               to be read by
@@ -89,7 +96,7 @@ def as_fault(error):
         return error
     if isinstance(error, ImportError):
         return missing(error.name or str(error))
-    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
+    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
         return Fault(USAGE, str(error))
@@ -194,7 +201,12 @@ def stamp_of(status):
 
 class Config:
     """One INI file, which may hold a secret, read whole. A fault in a section is kept, and raised
-    to who needs that section. Raises Fault for what is no INI file, or, without one, OSError."""
+    to who needs that section (`require`). Raises Fault for what is no INI file.
+
+    A bad edit of a server's: no INI, unreadable, or a fault in [server]: while the server runs, the
+    last whole one holds, with the clients it had, and the log says so (Monitor.policy). At a start:
+    exit 78 before anything is touched; so after a reboot the machine is not hidden, and who mends
+    it gets in. A fault in one [allow NAME]: that client is refused, nobody else."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -303,7 +315,7 @@ def owner_of(directory):
 def as_owner(directory):
     """The words by which root runs a program as a keyring's owner, without a capability."""
     user, group = owner_of(directory)
-    if not user:
+    if not user or not group:
         raise Fault(CONFIG, f"{directory} is root's, and has to be another user's, who can do "
                             f"nothing else: chown -R tariq: {directory}")
     return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups",
@@ -331,7 +343,8 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
-    return done.stdout, done.stderr.decode(errors="replace"), said
+    # Only ASCII: gpg escapes what would end a line or word in that, but not U+2028 and its like.
+    return done.stdout, done.stderr.decode("ascii", "replace"), said
 
 def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
@@ -350,7 +363,7 @@ def list_keys(home, *arguments, data=b""):
     of `data`. A name that is not there lists none. Raises Fault."""
     listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
     keys = []
-    for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
+    for line in listing.decode(errors="replace").split("\n"):  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
         if kind in ("pub", "sec"):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
@@ -386,33 +399,26 @@ def seal(home, data, signer, recipient):
                "--sign", "--hidden-recipient", recipient, "--encrypt", data=data,
                seconds=SIGNED_WITHIN)[0]
 
-# A seal counts if gpg says each of these once. DECRYPTION_OKAY comes after the check of integrity;
-# NEWSIG begins a signature; GOODSIG: correct, by a key that is neither expired nor revoked.
-PROOFS = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
+# A seal counts if gpg's status lines (GnuPG doc/DETAILS) have each of these once. PLAINTEXT: one
+# message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
+# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when.
+PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
 TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
-REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again",
-            "REVKEYSIG": "is revoked",
-            "ERRSIG": "is not in the server's keyring (or a new subkey is not): enroll it",
-            "BADSIG": "has not made this signature"}
 
 def unseal(home, sealed, own):
-    """Decrypt with the key `own` only, verify -> (fingerprint of the signer's primary key, at most
-    PLAIN_MAX bytes). Takes only what status lines prove: gpg's exit status is 2 where it tried an
-    old subkey first. Raises Fault."""
+    """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
+    PLAIN_MAX bytes). Takes only what status lines prove, and not gpg's exit status, which is 2
+    where it tried an older subkey first. (Hidden recipients are tried with `own` only; that the
+    request is meant for `own` the signer says, in "to".) Raises Fault."""
     plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
-    # [GNUPG:] keyword argument...
-    status = [words for line in lines.splitlines() if (words := line.split()[1:])]
+    status = [line.split(" ")[1:] for line in lines.split("\n") if line.startswith("[GNUPG:] ")]
     keywords = [words[0] for words in status]
-    for keyword, *words in status:
-        if keyword in REFUSALS:
-            name = " ".join(words[1:]) if keyword != "ERRSIG" else f"key {words[0]}"
-            raise Fault(BAD_DATA, f"the signer's key, {name}, {REFUSALS[keyword]}.")
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
             or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
-        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", said[-300:])
+        raise Fault(BAD_DATA, why_refused(status), said[-300:])
     # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
     valid = status[keywords.index("VALIDSIG")]
     timestamp, signer = int(valid[3]), valid[10]
@@ -420,6 +426,18 @@ def unseal(home, sealed, own):
         raise Fault(BAD_DATA, f"{signer} signed it {time.time() - timestamp:.0f} s ago, and "
                               f"{SIGNED_WITHIN} is the most: set the clocks.")
     return signer, plain
+
+REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again", "REVKEYSIG": "is revoked",
+            "ERRSIG": "or a new subkey of it is not in the server's keyring: enroll it",
+            "BADSIG": "has not made this signature"}
+
+def why_refused(status):
+    """Status lines of a seal that does not count -> why, for the log."""
+    for keyword, *words in status:
+        if keyword in REFUSALS:  # key id, then a user id, or for ERRSIG numbers
+            name = words[0] if keyword == "ERRSIG" else " ".join(words[1:])
+            return f"the signer's key, {name}, {REFUSALS[keyword]}."
+    return "not one encrypted message with one valid signature."
 
 # ---- image: data and a cover in, a PNG out, and back (steganography); others' once verified ------
 SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
@@ -684,7 +702,10 @@ def is_public(address):
     return ip.is_global and not any(ip in network for network in BEHIND_NAT)
 
 class Exchange:
-    """One knock by one route: what it sends, and what it believes."""
+    """One knock by one route: what it sends, and what it believes: nothing but frames with k' as
+    their key. From the challenge on, that the server is its own, and saw the knock come from
+    `seen`. That somebody relays it shows only where this machine's own address is public, or
+    `address` was given: behind NAT without that, any `seen` is taken."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -726,17 +747,17 @@ class Client:
                                 f"tariq.py join {options.host} (README, The first hour).")
         sections = options.host, "client"
         config.require(*sections)
+        def setting(key, option="", default=NEEDED):  # an option goes before the config
+            return parse(key, option) if option else config.get(key, sections, default)
         self.host, self.command, self.verbose = options.host, command, options.verbose
-        self.user = options.user or config.get("user", sections)
-        self.server_key = config.get("server_key", sections)
-        self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
-        self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = parse("address", options.address) if options.address \
-            else config.get("address", sections, "")
-        self.ports = parse("secret_ports", options.ports) if options.ports \
-            else config.get("secret_ports", sections)
-        self.shared = shared_key(config.get("secret", sections), self.ports)
-        self.target = config.get("host", sections, options.host)  # what is knocked at
+        self.user = setting("user", options.user)
+        self.server_key = setting("server_key")
+        self.home = os.path.expanduser(setting("client_gpg_dir", options.gpg_dir))
+        self.images = setting("img_dir", options.img_dir, default="")
+        self.address = setting("address", options.address, default="")
+        self.ports = setting("secret_ports", options.ports)
+        self.shared = shared_key(setting("secret"), self.ports)
+        self.target = setting("host", default=options.host)  # what is knocked at
 
     def step(self, text):
         if self.verbose:
@@ -822,7 +843,9 @@ def payloads(sockets, end):
                     del sockets[sock]
 
 def report(client, result):
-    """Print what was done. -> exit code. Raises Fault where it was refused."""
+    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" is said by who
+    knows k: the listener, for the monitor, whose firewall took the rule, and had none of the doubts
+    that would be named here. It does not say that a service answers at the port."""
     text = result.text
     if not result.done:
         raise Fault(result.status or REFUSED,
@@ -862,24 +885,33 @@ def cmd_knock(options):
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
 # Who is bounded by what                                      and what happens beyond
-#   anybody: one packet of memory, one hash of time           no frame: dropped, nothing is kept
+#   anybody: a buffer of 2 KiB, one hash of time              no frame: dropped, nothing is kept
 #            RECEIVE_BUFFER in the kernel (twice)             the kernel drops
 #   who has the secret, but no key:
-#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten (see `gate`)
+#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten
 #            KNOCKS_MAX incomplete knocks                     the oldest is dropped
 #            KNOCKS_MAX complete ones, a thread each; of one  a new one is dropped: the client's
 #              address UNANSWERED_MAX that nobody answered    repeat asks again
+#            ANSWER_TIME and REPEAT_TIME of a knock           it ends
 #            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
 #                                                             at most some 300 log lines a second
-#   who has an enrolled key: as above; then COMMANDS_MAX, DOORS_MAX (monitor)
+#   an enrolled client: as above; a log line a request, and (monitor)
+#            DOORS_MAX doors of its own                       the oldest is closed
+#            COMMANDS_MAX commands of all clients, each for   refused; killed. Nothing bounds what a
+#              command_timeout                                permitted command itself does
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same packet, when self.seen has forgotten it          `gate`: its stamp is CLOCK_SKEW old
-#   the same packet after a restart                           `gate`: it is from before self.began
-#   the same request in new frames, by who has the secret     `dialogue`: nobody else knows k, so
-#                                                             the challenge is not answered
+#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old
+#   the same after a restart                                  `gate`: it is from before self.began
+#     of a client whose clock is ahead, in the next minute    `dialogue`: gets a challenge that
+#   the same request in new frames, by who has the secret       only who knows k can answer
 #   the same request at another server                        `dialogue`: "to" is another key
+#
+# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the server's key and the
+# secret; request what the `may` of any client permits, for any address (Monitor.handle says no to
+# the rest); write log lines; and send any packet by its socket, on any interface. It cannot receive
+# more than its filter passes, be root, or change config, rules or files.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -919,7 +951,8 @@ class Listener:
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
-    # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, and from here ==
+    # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -932,7 +965,7 @@ class Listener:
         opened = read_knock(self.key, packet.payload)
         if not opened:
             return None
-        # == to here. Who sent it has the secret; who it is, gpg will say. ==
+        # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
         old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
@@ -1015,24 +1048,30 @@ class Listener:
                                   "knock.")
         # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
+        challenge = nonce, self.patience, address
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
-        proof = None
-        while proof is None or not hmac.compare_digest(proof, expected):
-            # The challenge; and again for each frame that is not the answer: the client waits.
-            self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
-            try:
-                proof = knock.frames.get(timeout=max(0, end - monotonic()))
-            except queue.Empty:
+        self.reply(knock, challenge_of(reply_key, *challenge))
+        while not hmac.compare_digest(piece := self.next_frame(knock, end), expected):
+            if not piece:
                 return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
                                 "replies or the answers are lost on the way, or somebody else is.")
+            self.reply(knock, challenge_of(reply_key, *challenge))  # the client still waits for it
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
             result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
             end = monotonic() + REPEAT_TIME
-            while True:
+            self.reply(knock, frame(reply_key, b"result", result))
+            while self.next_frame(knock, end):
                 self.reply(knock, frame(reply_key, b"result", result))
-                knock.frames.get(timeout=max(0, end - monotonic()))
+
+    def next_frame(self, knock, end):
+        """What the client sends again, or its answer; b"" when the time is over."""
+        left = end - monotonic()
+        with suppress(queue.Empty):
+            if left > 0:
+                return knock.frames.get(timeout=left)
+        return b""
 
     def reply(self, knock, payload):
         """To where the knock came from, by the interface and link address that it came by."""
@@ -1096,10 +1135,10 @@ def leave_roots_memory():
 def cmd_listener(descriptors):
     """What the monitor starts: two descriptors, its packet socket and its end of the channel."""
     sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
-    listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
     try:
         check_unprivileged()
-        leave_roots_memory()
+        leave_roots_memory()  # before there is a secret in it
+        listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
         if trouble := trouble_with(key, "E"):
@@ -1109,20 +1148,27 @@ def cmd_listener(descriptors):
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
-        listener.log(f"{fault} {fault.detail}")  # and the monitor sees the channel close
+        channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
+# Environment: PATH as below, and nothing else (the listener: HOME=/; gpg: also GPG_TTY); no shell;
+# descriptors 0 to 2 only; cwd / (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
-#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
+#     -legacy -S
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
-#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
-#     id, gpgconf, systemctl (init)
+#   ss, firewall-cmd (hide); id, useradd run, query      root             60 s      OUTPUT_ROOM
+#     systemctl, gpgconf (init)
 #   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
 #     (init, check, enroll)
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
+# and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
+#
+# Words of others on their command lines: ports (digits: port_of), addresses (ipaddress prints
+# them), fingerprints (40 digits), and of E what `forbidden` lets through. The config's words are
+# the admin's. No word is split or joined: {fields} are filled in after the splitting.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1171,6 +1217,10 @@ def run(*words, accept=0, seconds=15):
     return status, output
 
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
+# A door's end is Door.until: open_timeout from when it was opened. It is kept by the kernel, where
+# the rule says {until} (xt_time) or the command {seconds} (nft's timeout), whoever is dead; and by
+# `close_ended` while the server runs. Two clients behind one address share its doors: the later end
+# holds, and who has that closes it. Two servers on one machine need two chains (take_lock).
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1199,12 +1249,15 @@ class Door:
             return "closed"
         return time.strftime("%F %TZ" if self.seconds >= 86400 else "%TZ", time.gmtime(self.until))
 
+    def seconds_left(self):
+        return max(1, round(self.deadline - monotonic())) if self.deadline else NFT_SECONDS_MAX
+
     def fill(self, template):
         """The words of a template, with its {fields}. Other braces stay as they are."""
         fields = {
             "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
             "dport": self.number, "protocol": self.protocol,
-            "seconds": str(min(self.seconds or NFT_SECONDS_MAX, NFT_SECONDS_MAX)),
+            "seconds": str(min(self.seconds_left(), NFT_SECONDS_MAX)),
             "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
         }
         def value(match):
@@ -1318,13 +1371,15 @@ class Iptables:
             except Fault as fault:
                 if family == 4:
                     raise
-                log(f"No doors for IPv6: {fault}")
+                hidden = ", and nothing of it is hidden" if self.public_ports is not None else ""
+                log(f"No doors for IPv6{hidden}: {fault}")
         if not all("{until}" in template for template in self.templates.values()):
             log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
     def check(self, family):
         """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
-        rules = [" ".join(self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
+        rules = [" ".join(json.dumps(word) if " " in word else word for word in
+                          self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
                  for port in ("9/tcp", "9/udp")]
         lines = ["*filter", f":{self.chain} - [0:0]", *rules, "COMMIT", ""]
         status, output = query(f"{IPTABLES[family]}-restore", "--test", "--noflush",
@@ -1448,7 +1503,11 @@ def cmd_hide(options):
         "sudo tariq.py hide --undo ends it.")
 
 def try_hiding(config, firewall, ports):
-    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did.
+    What changes: a chain with DROP at its end, and a jump to it in INPUT (nowhere else: what Docker
+    forwards is not hidden). The jump bears its own end: after TRIAL seconds the kernel passes it
+    by, whatever became of this program, the session or the network. Only after a connection: the
+    line public_ports in the config, and the same jump without an end."""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
@@ -1493,12 +1552,15 @@ def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
     if "public_ports" in config.values["server"]:
         set_public_ports(config.path, None)
-    firewall.public_ports = None
     for family in IPTABLES:
-        with suppress(Fault):
-            lines = firewall.linking_lines(family, firewall.rules(family, "INPUT"))
-            if firewall.rules(family, firewall.hiding_chain):
-                lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        rules = []
+        with suppress(Fault):  # without ip6tables nothing was hidden by it
+            rules = firewall.rules(family, "INPUT")
+        lines = [rule.replace("-A", "-D", 1) for rule in rules
+                 if rule.endswith(f"-j {firewall.hiding_chain}")]
+        if rules and firewall.rules(family, firewall.hiding_chain):
+            lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        if lines:
             firewall.transact(family, lines)
 
 def listening_ports():
@@ -1507,9 +1569,9 @@ def listening_ports():
     for line in query("ss", "-Hlntu")[1].splitlines():
         protocol, _, _, _, local, *_ = line.split()
         address, _, port = local.rpartition(":")
-        if not address.startswith(("127.", "[::1]")) and "%lo" not in address:
-            ports[f"{port}/{protocol}"] = None
-    return sorted(ports, key=lambda port: int(port.partition("/")[0]))
+        if not address.startswith(("127.", "[::1]")):
+            ports[f"{port}/{protocol}"] = int(port)
+    return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
     """{rule of a door: how many packets that begin a connection have come in by it}"""
@@ -1537,14 +1599,17 @@ def take_lock(name):
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
 #   the listener's death   closed: exit 70, `stop`       the same               stays
-#   a reboot               gone                          gone                   again at the start
-# A full disk ends nothing: nothing is written for a knock; log lines may be lost.
+#   a reboot               gone                          gone                   again, if it starts
+# Connections that are there go on. A client that is taken out of the config is refused from its
+# next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
+# knock; log lines may be lost. After a SIGKILL systemd starts it again, and a start closes doors.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 
 def forbidden(patterns, command):
-    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself.
-    E: one pattern fits word by word, where * is any word; as the last one any number, or none."""
+    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself, *
+    is any. E: one pattern fits word by word, where * (quoted, too) is any word, an option or a path
+    as well; as the last one any number, or none. A port is opened for all who share the address."""
     action, *words = command
     allowed = [pattern[1:] for pattern in patterns if pattern[0] == action]
     if action != "E":
@@ -1733,7 +1798,10 @@ class Monitor:
             self.channel.send(knock_id + result, socket.MSG_DONTWAIT)
 
     def start_listener(self):
-        """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
+        """The listener. At its first instruction it has: the ids of the keyring's owner, no group,
+        no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
+        root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
+        closes them). check_unprivileged ends it where a privilege is left."""
         packets = packet_socket(self.ports)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -1845,6 +1913,14 @@ def cmd_server(options):
         monitor.stop()
 
 # ---- set-up: once, by hand; init, check, enroll as root, keygen, join as the user ----------------
+# Files, all written by write_file, whole or not at all, but those marked *:
+#   /etc/tariq/tariq.conf         root's, 0600      init, enroll, hide
+#   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg in init and enroll, as tariq
+#   PROGRAM, UNIT_PATH            root's, 755, 644  init
+#   /run/tariq-CHAIN-*.lock       root's, 0600 *    server and hide: empty, never removed
+#   ~/.config/tariq               yours, 0600       keygen, join (* gpg, its keyring in there)
+# enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
+# so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
 PROGRAM = "/usr/local/bin/tariq.py"
 UNIT_PATH = "/etc/systemd/system/tariq.service"
@@ -1872,6 +1948,7 @@ RestartPreventExitStatus=64 69 78
 KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
+LimitCORE=0
 UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
@@ -1926,9 +2003,10 @@ def write_file(path, text, mode=0o600):
 def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
     locked_directory(path)
-    text = Config(path, root=True).text
+    text = Config(path, root=True).text.rstrip() + "\n"
     server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
-    header, rest = re.sub(r"(?mi)^public_ports *=.*\n", "", server).split("\n", 1)
+    without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
+    header, rest = without.split("\n", 1)
     if ports is not None:
         header += f"\npublic_ports = {', '.join(ports) or 'none'}"
     write_file(path, text.replace(server, f"{header}\n{rest}"))
