@@ -3493,7 +3493,7 @@ def cpu_seconds(world):
         "left": (all_of_it[3] + all_of_it[4]) / CLOCK_TICKS,  # idle, and waiting for a disk
         "machine": sum(all_of_it) / CLOCK_TICKS, "time": time.monotonic()})
 
-def bench_load(count=400, clients=8):
+def bench_load(count=800, clients=8):
     """Authentic knocks a second that the server alone finishes: clients' gpg ran beforehand."""
     with Lab() as lab:
         world, configs = knocks_world(lab, clients)
