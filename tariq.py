@@ -22,11 +22,19 @@ sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, 
 time, and has a fresh nonce: the same bytes twice are a replay. The client repeats its knock in new
 frames until it has the result; the server acts once. Patience is how long a command may run.
 
-Trust boundaries: at the server, until its tag holds, a packet meets `split`, `unframe`, `keyed`.
-The listener (gpg, Pillow, scapy) is unprivileged from its first instruction; taken over, it names
-any signer and address, and gets what that one `may`. The monitor (root) is standard library only.
+The parts, in the order of the file, and who reads what before trusting it with a machine:
+
+    part                   runs as                is fed by               to be read by
+    words, config          both ends              your own files          everybody
+    OpenPGP, image, wire   both ends              the network, once the   everybody
+                                                  frame's tag holds
+    client                 you                    the server's replies    who knocks
+    listener               an unprivileged user   anybody's packets       who runs a server
+    programs, doors,       root                   the listener, policy    who runs a server
+    monitor                                       and your config
+    set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, os, pwd
+import argparse, base64, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
 import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
 import time, zlib
 from collections import OrderedDict, namedtuple
@@ -34,30 +42,58 @@ from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 
+VERSION = "3.0"
+
+# ---- words and log: what people read -------------------------------------------------------------
 # Exit codes: those of sysexits.h. E exits with its command's, which is rarely one of them.
-USAGE, BAD_DATA, MISSING, DIED, SYSTEM, NO_ANSWER = 64, 65, 69, 70, 71, 75
-RELAYED, REFUSED, CONFIG = 76, 77, 78
-EXIT_CODES = """exit codes: 0 done; E: the command's (137: killed at its limit); 64 usage; 65 image,
-key or profile unusable; 69 program, package or file missing; 70 the listener died; 71 the system
-refused; 75 no answer; 76 a relay, or NAT; 77 refused by policy; 78 config; 130 interrupted"""
+USAGE = 64  # the command line is not one
+BAD_DATA = 65  # an image, key or profile is unusable
+MISSING = 69  # a program, package or file is not there
+DIED = 70  # the listener ended by itself
+SYSTEM = 71  # the system refused
+NO_ANSWER = 75
+RELAYED = 76  # the server sees another address than it should
+REFUSED = 77  # by the server's policy
+CONFIG = 78
+EXIT_CODES = """exit codes: 0 done; E: the command's own (137: killed at its limit); 64 usage;
+65 an image, key or profile is unusable; 69 a program, package or file is missing; 70 the listener
+died; 71 the system refused; 75 no answer; 76 the server sees another address; 77 refused by
+policy; 78 config; 130 interrupted"""
+
+# Where Debian and Ubuntu have what a minimal machine of theirs may lack.
+PACKAGES = {"gpg": "gnupg", "iptables": "iptables", "ip6tables": "iptables", "ss": "iproute2",
+            "scapy": "python3-scapy", "PIL": "python3-pil"}
 
 class Fault(Exception):
-    """What the user can mend: an exit code, and the line they read."""
+    """What the user can mend: an exit code, the line they read, and what a program said to it,
+    which goes to the log and to -v only."""
 
-def explained(error):
-    """(exit code, the line) of an exception, where it ends a program or a request."""
+    def __init__(self, code, line, detail=""):
+        super().__init__(line)
+        self.code, self.detail = code, detail
+
+def missing(name):
+    package = PACKAGES.get(name.partition(".")[0], name)
+    return Fault(MISSING, f"{name} is missing on this machine: apt-get install {package}")
+
+def as_fault(error):
+    """Any exception as a Fault: this is where the rest of them get their words."""
     if isinstance(error, Fault):
-        return error.args
-    if isinstance(error, (ImportError, FileNotFoundError)):
-        return MISSING, (f"{error}: Tariq's files come from tariq.py init (server) and keygen "
-                         "(client), the rest from apt-get install gnupg python3-scapy python3-pil")
+        return error
+    if isinstance(error, ImportError):
+        return missing(error.name or str(error))
+    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
+        return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
-        return USAGE, str(error)
-    return SYSTEM, f"{type(error).__name__}: {error}"
+        return Fault(USAGE, str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return Fault(SYSTEM, f"{error.filename or 'The system says'}: {error.strerror}.")
+    return Fault(SYSTEM, f"{type(error).__name__}: {error}")
 
 def printable(text):
-    """Text without what could forge a log line or steer a terminal."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+    """Text as one line, without what could forge a log line or steer a terminal."""
+    lines = "; ".join(line for line in text.splitlines() if line.strip())
+    return "".join(char if char.isprintable() else "?" for char in lines)
 
 def log(text):
     """One line on stderr."""
@@ -68,48 +104,72 @@ def log(text):
 ROOT_CONFIG = "/etc/tariq/tariq.conf"
 CLIENT_CONFIG = os.path.expanduser("~/.config/tariq/tariq.conf")
 
-def ports_of(text):
+PORT = re.compile(r"([1-9]\d{0,4})(/tcp|/udp)?", re.ASCII)
+
+def port_of(word):
+    """'22' -> '22/tcp'. Raises ValueError."""
+    port = PORT.fullmatch(word)
+    if not port or int(port[1]) > 65535:
+        raise ValueError(f"{word[:20]} is no port: write 22, 22/tcp or 53/udp, from 1 to 65535.")
+    return port[1] + (port[2] or "/tcp")
+
+def command_of(words, pattern=False):
+    """The words of a request, checked: ['O', '22'] -> ['O', '22/tcp']; of a line of `may`, if
+    `pattern`, which may say * for any port. O opens ports, C closes them, E executes a command.
+    Raises ValueError."""
+    if not isinstance(words, list) or len(words) < 2 or words[0] not in ("O", "C", "E") \
+            or not all(isinstance(word, str) and word.isprintable() for word in words):
+        raise ValueError("a request is O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], in "
+                         "printable characters.")
+    if words[0] == "E" or (pattern and words[1:] == ["*"]):
+        return words
+    return [words[0], *dict.fromkeys(port_of(word) for word in words[1:])]  # each port once
+
+def secret_ports_of(text):
     ports = [int(word) for word in text.split(",")]
     if len(set(ports)) < len(ports) or max(ports) > 65535:
         raise ValueError
     return ports
 
-def command_of(words):
-    """The words of a request or of a line of `may`, checked: ['O', '22'] -> ['O', '22/tcp'].
-    O opens ports, C closes them, E executes a command. Raises ValueError."""
-    if not isinstance(words, list) or len(words) < 2 or words[0] not in ("O", "C", "E") \
-            or not all(isinstance(word, str) and word.isprintable() for word in words):
-        raise ValueError("needs O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], printable")
-    if words[0] == "E":
-        return words
-    ports = [re.fullmatch(r"([1-9]\d{0,4})(/tcp|/udp)?", word, re.ASCII) for word in words[1:]]
-    if not all(port and int(port[1]) < 65536 for port in ports):
-        raise ValueError("needs ports as 22, 22/tcp or 53/udp, from 1 to 65535")
-    return [words[0], *dict.fromkeys(port[1] + (port[2] or "/tcp") for port in ports)]  # each once
+def public_ports_of(text):
+    return [] if text == "none" else [port_of(word) for word in re.split("[ ,]+", text)]
 
 def patterns_of(text):
-    return [command_of(shlex.split(line)) for line in text.splitlines() if line.strip()]
+    return [command_of(shlex.split(line), True) for line in text.splitlines() if line.strip()]
+
+def template_of(text):
+    shlex.split(text)  # raises ValueError: a quote that is not closed
+    return text
+
+def address_of(text):
+    return text if text == "any" else str(ipaddress.ip_address(text))
 
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
-KEY = (r"[0-9A-Fa-f]{40}", "a key's fingerprint, 40 hex digits without spaces", str.upper)
-WORDS = (r"(?=.*\{ip\})(?=.*\{dport\}).+", "words with {ip} and {dport} among them", shlex.split)
-RULES = (r"-A \S+ " + WORDS[0], "-A CHAIN, then " + WORDS[1], shlex.split)
+KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
+FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
+FIELD_WORDS = "{dport}, and {ip} or {net} (never {ip}/24: {net} is right for both families)"
+RULE = (r"-A \S+ " + FIELDS, f"a rule of iptables: -A CHAIN, then {FIELD_WORDS}", template_of)
+COMMAND = (FIELDS, f"a command with {FIELD_WORDS}", template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
-                     "5 to 32 different ports, with commas", ports_of),
-    "secret": (r"[A-Za-z0-9+/]{43}=", "32 random bytes in base64: head -c 32 /dev/urandom | base64",
-               base64.b64decode),
-    "key": KEY, "server_key": KEY, "user": LINE, "img_dir": LINE, "client_gpg_dir": LINE,
-    "open_tcp_port": RULES, "open_udp_port": RULES, "open_command": WORDS, "close_command": WORDS,
+                     "5 to 32 different ports with commas between them", secret_ports_of),
+    "secret": ("[A-Za-z0-9+/]{43}=", "32 random bytes in base64, which this prints: "
+               "head -c 32 /dev/urandom | base64", base64.b64decode),
+    "key": KEY, "server_key": KEY, "user": LINE, "img_dir": LINE,
+    "client_gpg_dir": LINE, "server_gpg_dir": LINE,
+    "open_tcp_port": RULE, "open_udp_port": RULE,
+    "open_command": COMMAND, "close_command": COMMAND,
     "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
-    "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,27}", "a chain of its own, not in capitals", str),
+    "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,22}", "a chain of its own, not in capitals", str),
+    "public_ports": (".+", "ports as 80/tcp, 443/tcp, or none", public_ports_of),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
-    "host": (r"(?!DEFAULT$)[\w.:%-]+", "an ASCII name or address as HOST", str),
-    "server_gpg_dir": LINE,
+    "host": (r"[\w.:%-]+", "an ASCII name or address", str),
+    "address": (".+", "an IP address, or any", address_of),
 }
-IN_ALLOW = "key", "may", "open_timeout"  # the keys of a section [allow NAME]
+IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
+NEEDED = {"server": ("secret_ports", "secret", "server_gpg_dir", "server_key"), "allow": ("key",)}
 
 def parse(key, text):
     """The value of a key. Raises ValueError, which does not quote the text: it may be a secret."""
@@ -117,117 +177,242 @@ def parse(key, text):
     with suppress(ValueError):
         if re.fullmatch(pattern, text, re.ASCII):
             return convert(text)
-    raise ValueError(f"needs {need}")
+    raise ValueError(f"{key} has to be {need}.")
+
+def stamp_of(status):
+    """What of a file's os.stat_result changes when the file does."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 class Config:
-    """One INI file, which may hold a secret. Raises Fault or, without a file, OSError."""
+    """One INI file, which may hold a secret, read whole. A fault in a section is kept, and raised
+    to who needs that section. Raises Fault for what is no INI file, or, without one, OSError."""
 
     def __init__(self, path, root=False):
         self.path = path
         self.ini = configparser.ConfigParser(interpolation=None, delimiters="=",
-                                             inline_comment_prefixes="#")
+                                             inline_comment_prefixes="#", default_section="\0")
+        if not os.path.exists(path):
+            raise Fault(CONFIG, f"There is no config {path} yet: tariq.py keygen YOU@LAPTOP makes "
+                                "a client's, and sudo tariq.py init a server's.")
         with open(path, encoding="utf-8") as file:
+            status = os.fstat(file.fileno())
+            self.stamp = stamp_of(status)
             try:
                 self.text = file.read()
                 self.ini.read_string(self.text)
             except (ValueError, configparser.Error):  # which quotes the line: perhaps the secret
-                raise Fault(CONFIG, f"{path} is not INI: needs [section] or key = value, once each")
-            status = os.fstat(file.fileno())
+                raise Fault(CONFIG, f"{path} is no INI file: it needs [section] or key = value in "
+                                    "each line, and every section and key once.")
         if status.st_mode & 0o077 or (root and status.st_uid):
-            raise Fault(CONFIG, f"{path}: chmod 600 it; if root's commands obey it, chown root it")
-        for name, section in self.ini.items():
-            known = IN_ALLOW if name.startswith("allow ") else SYNTAX
-            if unknown := [key for key in section if key not in known]:  # cut: perhaps a secret
-                raise Fault(CONFIG, f"{path}: [{name}] {unknown[0]:.16}: needs another name")
+            raise Fault(CONFIG, f"{path} is open to others: chmod 600 it (and, if root's commands "
+                                "read it, chown root it).")
+        self.values = {}  # section: {key: value}
+        self.faults = {}  # section: [line, ...]
+        for name in self.ini.sections():
+            self.parse_section(name)
+        self.clients = {}  # fingerprint: section [allow NAME]
+        for name, values in self.values.items():
+            if name.startswith("allow ") and "key" in values:
+                other = self.clients.setdefault(values["key"], name)
+                if other != name:
+                    self.add_fault(name, f"key is that of [{other}], too.")
+                    self.add_fault(other, f"key is that of [{name}], too.")
 
-    def get(self, key, sections=("server",), default=None):
-        """The first value that one of the sections has for a key, parsed."""
-        for section in sections:
-            if text := self.ini.get(section, key, fallback="").strip():
+    def add_fault(self, section, words):
+        self.faults.setdefault(section, []).append(f"{self.path}: [{section}] {words}")
+
+    def parse_section(self, name):
+        kind = name.partition(" ")[0]  # server, allow; or client, or a host's name
+        values = self.values[name] = {}
+        for key, text in self.ini[name].items():
+            if key not in (IN_ALLOW if kind == "allow" else SYNTAX) or name == "DEFAULT":
+                # Cut: it may be a secret in the wrong place.
+                self.add_fault(name, f"{key[:16]} is no key that can stand here.")
+            elif text.strip():
                 try:
-                    return parse(key, text)
+                    values[key] = parse(key, text.strip())
                 except ValueError as error:
-                    raise Fault(CONFIG, f"{self.path}: [{section}] {key}: {error}")
-        if default is None:
-            raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing: written by hand "
-                                "or by init, enroll, keygen, join: see tariq.conf.example")
+                    self.add_fault(name, str(error))
+        for key in NEEDED.get(kind, ()):
+            if not self.ini[name].get(key, "").strip():
+                self.add_fault(name, f"{key} is missing.")
+
+    def all_faults(self):
+        return [line for lines in self.faults.values() for line in lines]
+
+    def require(self, *sections):
+        """Raises Fault where one of the sections has one."""
+        for name in sections:
+            for line in self.faults.get(name, []):
+                raise Fault(CONFIG, line)
+
+    def get(self, key, sections=("server",), default=NEEDED):
+        """The first value that one of the sections has for a key, or the default. Raises Fault."""
+        for name in sections:
+            if key in self.values.get(name, {}):
+                return self.values[name][key]
+        if default is NEEDED:
+            raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing.")
         return default
 
-    def clients(self):
-        """{fingerprint: section} of all [allow NAME]. Raises Fault: a key that is bad, or twice."""
-        sections = [name for name in self.ini.sections() if name.startswith("allow ")]
-        clients = {self.get("key", [name]): name for name in sections}
-        if len(clients) < len(sections):
-            raise Fault(CONFIG, f"{self.path}: each section [allow NAME] needs a key of its own")
-        return clients
-
 # ---- OpenPGP: bytes in, sealed bytes out, and back; as the keyring's owner -----------------------
-GPG = ("gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --no-random-seed-file "
-       "--trust-model always --status-fd 2").split()  # whom to trust, [allow] says
-SILENT = "--logger-file", "/dev/null"  # gpg's words on data of others, which may quote them
+GPG = ["gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "2",
+       "--no-auto-check-trustdb", "--no-random-seed-file",
+       "--trust-model", "always",  # whom to trust, [allow] says
+       # A key made a minute from now, by the other machine's clock, is one. Tariq looks at the
+       # times of signatures and of new keys itself: SIGNED_WITHIN, CLOCK_SKEW.
+       "--ignore-time-conflict", "--ignore-valid-from"]
+READ_ONLY = "--lock-never"  # writes nothing: a full disk does not matter
+CLOCK_SKEW = 60  # seconds that a client's clock may differ from the server's
 INPUT_MAX = 65_536  # bytes that are read of standard input
-UNSEAL_TIME = 1  # second: 15 ms are usual, and nested compression would take 10 s
+UNSEAL_TIME = 3  # seconds: 15 ms are usual; nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
-TROUBLE = re.compile(r"(?m)^\[GNUPG:\] ((?:NO_|NODATA|BAD|ERR|EXP|REV|FAIL)\w*|\w+_FAILED)")
+WORDS_MAX = 65_536  # bytes that are read of gpg's words
+AGENT_PATH_MAX = 107  # bytes of the path of gpg-agent's socket (unix(7))
+
+# What gpg says on stderr, and what its user reads instead.
+GPG_FAULTS = (
+    ("No space left", SYSTEM, "The disk that holds {home} is full: make room there."),
+    ("ioctl|[Nn]o pinentry|ENOTTY|Not a tty", BAD_DATA,
+     "The key in {home} has a passphrase, and there is no terminal to ask for it: knock from a "
+     "terminal, with pinentry-curses installed."),
+    ("Bad passphrase|cancell?ed|Timeout", BAD_DATA,
+     "The passphrase of the key in {home} was wrong, or was not given."),
+)
 
 def as_owner(directory):
     """The words by which root runs a program as a directory's owner, without a capability."""
     owner = os.stat(directory)
     if not owner.st_uid:
-        raise Fault(CONFIG, f"{directory} needs an unprivileged owner: chown -R tariq: it")
-    return (f"setpriv --reuid={owner.st_uid} --regid={owner.st_gid} --clear-groups --no-new-privs "
-            "--inh-caps=-all --ambient-caps=-all --bounding-set=-all --pdeathsig KILL").split()
+        raise Fault(CONFIG, f"{directory} is root's, and the listener runs as its owner: "
+                            f"chown -R tariq: {directory}")
+    return ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups",
+            "--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all",
+            "--pdeathsig", "KILL"]
 
-def gpg(home, *arguments, data=b"", seconds=60):
-    """Run gpg once -> (output, stderr with status lines). What lies in a keyring's directory may
-    command gpg-agent, so root runs gpg as the directory's owner. Raises Fault with gpg's words."""
+def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
+    """Run gpg once -> (output, status lines, its words). The words may quote what others sent:
+    status lines are never among them. What lies in a keyring's directory may command gpg-agent, so
+    root runs gpg as the directory's owner. Raises Fault."""
     home = os.path.expanduser(home)
+    if not os.path.isdir(home):
+        raise Fault(MISSING, f"There is no keyring {home}: tariq.py init makes a server's, "
+                             "tariq.py keygen a client's.")
     change = as_owner(home) if os.stat(home).st_uid and not os.geteuid() else []
-    with suppress(OSError):  # where pinentry asks for a passphrase
-        os.environ["GPG_TTY"] = os.ttyname(2)
-    try:
-        done = subprocess.run([*change, *GPG, "--homedir", home, *arguments], input=data,
-                              capture_output=True, timeout=seconds,
-                              start_new_session=bool(change))  # not root's terminal
-    except subprocess.TimeoutExpired:  # this bounds its words too: a second's are a few MB
-        raise Fault(BAD_DATA, f"gpg, {home}: not done in {seconds} s")
-    words = done.stderr.decode(errors="replace")
-    if done.returncode:
-        said = re.sub(r"(?m)^\[GNUPG:\].*\n", "", words).strip()[:300]
-        said = said and f"{said} (if for a passphrase: it needs a terminal, pinentry-curses)"
-        raise Fault(BAD_DATA, f"gpg, {home}: exit status {done.returncode} "
-                              f"{' '.join(TROUBLE.findall(words)[:9])} {said}")  # bounded
-    return done.stdout, words
+    environment = dict(os.environ)
+    with suppress(OSError):
+        environment["GPG_TTY"] = os.ttyname(2)  # where pinentry asks for a passphrase
+    with open(os.memfd_create("gpg's words"), "rb") as memory:
+        words = [*GPG, "--logger-fd", str(memory.fileno()), "--homedir", home, *arguments]
+        try:
+            done = subprocess.run([*change, *words], input=data, capture_output=True,
+                                  timeout=seconds, env=environment, pass_fds=[memory.fileno()],
+                                  start_new_session=bool(change))  # not root's terminal
+        except subprocess.TimeoutExpired:  # this bounds its words, too: a second's are a few MB
+            raise Fault(BAD_DATA, f"gpg was not done in {seconds} s with the keyring {home}.")
+        memory.seek(0)
+        said = memory.read(WORDS_MAX).decode(errors="replace")
+    if done.returncode and not any_status:
+        raise gpg_fault(home, said)
+    return done.stdout, done.stderr.decode(errors="replace"), said
+
+def gpg_fault(home, said):
+    """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
+    detail = said[-300:]
+    if "agent" in said and len(f"{home}/S.gpg-agent".encode()) > AGENT_PATH_MAX:
+        most = AGENT_PATH_MAX - len("/S.gpg-agent")
+        return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: "
+                             f"move it to one of at most {most} bytes.", detail)
+    for pattern, code, words in GPG_FAULTS:
+        if re.search(pattern, said):
+            return Fault(code, words.format(home=home), detail)
+    return Fault(BAD_DATA, f"gpg failed with the keyring {home}: -v or the log has its words.",
+                 detail)
+
+def list_keys(home, *arguments, data=b""):
+    """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
+    of `data`. A name that is not there lists none. Raises Fault."""
+    listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
+    keys = []
+    for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
+        kind, *fields = line.split(":")
+        if kind in ("pub", "sec"):
+            keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
+                         "expires": int(fields[5] or 0)})
+        elif keys and kind in ("fpr", "uid"):
+            keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
+    if not keys and "agent" in said:
+        raise gpg_fault(home, said)
+    return keys
+
+def trouble_with(key):
+    """Why a key cannot be used, in words, or ''. None: it is not there."""
+    if not key:
+        return "is not in the keyring"
+    if key["validity"] == "e":
+        return f"expired on {day(key['expires'])}"
+    return {"r": "is revoked", "i": "is invalid", "d": "is disabled"}.get(key["validity"], "")
+
+def end_of(key):
+    return f"until {day(key['expires'])}" if key["expires"] else "without an end"
+
+def day(seconds):
+    return time.strftime("%F", time.gmtime(seconds))
+
+def find_key(home, option, name):
+    return next(iter(list_keys(home, option, name)), None)
 
 def exactly(user):
     """How gpg names a key by this email and no other (gpg(1)); a fingerprint stays as it is."""
     return f"<{user}>" if "@" in user and "<" not in user else user
 
 def seal(home, data, signer, recipient):
-    """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed."""
-    return gpg(home, "--compress-algo", "none", "--local-user", exactly(signer), "--sign",
-               "--hidden-recipient", recipient, "--encrypt", data=data, seconds=SIGNED_WITHIN)[0]
+    """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed. Raises Fault."""
+    return gpg(home, READ_ONLY, "--compress-algo", "none", "--local-user", exactly(signer),
+               "--sign", "--hidden-recipient", recipient, "--encrypt", data=data,
+               seconds=SIGNED_WITHIN)[0]
+
+# A seal counts if gpg says each of these once. DECRYPTION_OKAY comes after the check of integrity;
+# NEWSIG begins a signature; GOODSIG: correct, by a key that is neither expired nor revoked.
+PROOFS = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
+# And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
+TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
+REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again",
+            "REVKEYSIG": "is revoked",
+            "ERRSIG": "is not in the server's keyring (or a new subkey is not): enroll it",
+            "BADSIG": "has not made this signature"}
 
 def unseal(home, sealed, own):
-    """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
-    PLAIN_MAX bytes). Takes only what status lines prove (GnuPG doc/DETAILS). Raises Fault."""
-    decrypt = f"--pinentry-mode cancel --max-output {PLAIN_MAX} --try-secret-key {own} --decrypt"
-    plain, words = gpg(home, *SILENT, *decrypt.split(), data=sealed, seconds=UNSEAL_TIME)
-    said = re.findall(r"(?m)^\[GNUPG:\] (\w+)", words)
-    signed = re.search(r"(?m)^\[GNUPG:\] VALIDSIG \w+ \S+ (\d+) .* (\w{40})$", words)
-    needed = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
-    if not signed or any(said.count(word) != 1 for word in needed) or TROUBLE.search(words):
-        raise Fault(BAD_DATA, "not one encrypted message with one valid signature")
-    if abs(time.time() - int(signed[1])) > SIGNED_WITHIN:
-        raise Fault(BAD_DATA, f"{signed[2]} signed it over {SIGNED_WITHIN} s from now: set clocks")
-    return signed[2], plain
+    """Decrypt with the key `own` only, verify -> (fingerprint of the signer's primary key, at most
+    PLAIN_MAX bytes). Takes only what status lines prove: gpg's exit status is 2 where it tried an
+    old subkey first. Raises Fault."""
+    plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
+                             "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
+                             data=sealed, seconds=UNSEAL_TIME, any_status=True)
+    status = [line.split()[1:] for line in lines.splitlines()]  # [GNUPG:] keyword argument...
+    keywords = [words[0] for words in status]
+    for keyword, *words in status:
+        if keyword in REFUSALS:
+            name = " ".join(words[1:]) if keyword != "ERRSIG" else f"key {words[0]}"
+            raise Fault(BAD_DATA, f"the signer's key, {name}, {REFUSALS[keyword]}.")
+    if any(keywords.count(proof) != 1 for proof in PROOFS) \
+            or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
+        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", said[-300:])
+    # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
+    valid = status[keywords.index("VALIDSIG")]
+    timestamp, signer = int(valid[3]), valid[10]
+    if abs(time.time() - timestamp) > SIGNED_WITHIN:
+        raise Fault(BAD_DATA, f"{signer} signed it {time.time() - timestamp:.0f} s ago, and "
+                              f"{SIGNED_WITHIN} is the most: set the clocks.")
+    return signer, plain
 
-# ---- steganography: data and a cover in, a PNG out, and back; others' once verified --------------
+# ---- image: data and a cover in, a PNG out, and back (steganography); others' once verified ------
 SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
-ROW, CAPACITY = 3 * SIDE, 3 * SIDE * SIDE // 8  # bytes
+ROW = 3 * SIDE  # bytes: one a sample; red, green and blue a pixel
+CAPACITY = SIDE * ROW // 8  # bytes: a bit a sample
 
-def cover(directory):
+def cover_image(directory):
     """SIDE x SIDE RGB samples: a random PNG of the directory; without one, random. Raises Fault."""
     if not directory:
         return os.urandom(SIDE * ROW)
@@ -235,33 +420,40 @@ def cover(directory):
     path = os.path.expanduser(directory)
     try:
         names = [name for name in os.listdir(path) if name.lower().endswith(".png")]
+        if not names:
+            raise Fault(BAD_DATA, f"There is no PNG image (.png) in the folder {path}.")
         path += "/" + secrets.choice(names)
         with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB").resize((SIDE, SIDE)).tobytes()
-    except Exception:  # there is none, or Pillow's many for a bad one
-        raise Fault(BAD_DATA, f"{path}: needs PNG images (.png)")
+    except Fault:
+        raise
+    except Exception:  # Pillow has many for a bad image
+        raise Fault(BAD_DATA, f"{path} cannot be read as a PNG image: choose another img_dir.")
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-def hide(samples, data):
+def embed(samples, data):
     """RGB samples, data -> PNG (ISO 15948), data and spaces in their low bits. Raises Fault."""
     if len(data) > CAPACITY:
-        raise Fault(USAGE, f"the request is {len(data) - CAPACITY} bytes too long: shorten it")
-    bits = map(int, f"{int.from_bytes(data.ljust(CAPACITY), 'big'):0{8 * CAPACITY}b}")
-    samples = bytes(sample & 0xFE | bit for sample, bit in zip(samples, bits))
+        raise Fault(USAGE, f"The request is {len(data) - CAPACITY} bytes too long: shorten it.")
+    number = int.from_bytes(data.ljust(CAPACITY), "big")
+    bits = f"{number:0{8 * CAPACITY}b}"
+    samples = bytes(sample & 0xFE | int(bit) for sample, bit in zip(samples, bits))
+    # Before each row a zero: it is not filtered.
     rows = b"".join(b"\0" + samples[start:start + ROW] for start in range(0, SIDE * ROW, ROW))
     header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 0))
-            + chunk(b"IEND", b""))  # not compressed: its size tells nothing of the request's
+    image = zlib.compress(rows, 0)  # not compressed: its size tells nothing of the request's
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", image)
+            + chunk(b"IEND", b""))
 
-def reveal(png):
+def extract(png):
     """PNG -> data and spaces. The size comes first: a bomb stays packed. Raises ValueError, and
     what Pillow has for bad files, which is much."""
     from PIL.PngImagePlugin import PngImageFile
     image = PngImageFile(io.BytesIO(png))
     if image.size != (SIDE, SIDE) or image.mode != "RGB":
-        raise ValueError
+        raise ValueError("another image")
     bits = "".join(str(sample & 1) for sample in image.tobytes())
     return int(bits, 2).to_bytes(CAPACITY, "big")
 
@@ -270,19 +462,13 @@ TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds si
 HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
 FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it (in a crafted SYN 1196)
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
+PIECE_MAX = FRAME_MAX - HEAD - 1 - ID  # bytes of a seal in a fragment
 # Bytes of a packet: IPv4 20, UDP 8, HEAD, position 1, ID; IPv4 and TCP at their longest, FRAME_MAX.
 LEAST, MOST = 75, 1320
-
-# Addresses as bytes, ports (port: the sender's), TCP header or b"", payload, recvfrom's address.
-Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 
 def keyed(key, label, data, size):
     """Keyed BLAKE2b (RFC 7693) of data, `size` bytes; the label (at most 16) is what it is for."""
     return hashlib.blake2b(data, key=key, person=label, digest_size=size).digest()
-
-def shared_key(secret, ports):
-    """K: the 32 bytes that a server shares with its clients."""
-    return keyed(secret, b"ports", struct.pack(f">{len(ports)}H", *ports), 32)
 
 def mask(key, label, nonce, data):
     """XOR with a SHAKE-256 keystream (FIPS 202); the same again takes it off."""
@@ -297,23 +483,78 @@ def frame(key, label, data):
 
 def unframe(key, label, payload, least):
     """Anybody's bytes -> (stamp, data of `least` bytes or more), or None where it is no frame."""
-    if not HEAD + least <= len(payload) <= FRAME_MAX \
-            or not hmac.compare_digest(keyed(key, label, payload[TAG:], TAG), payload[:TAG]):
+    if not HEAD + least <= len(payload) <= FRAME_MAX:
+        return None
+    if not hmac.compare_digest(keyed(key, label, payload[TAG:], TAG), payload[:TAG]):
         return None
     plain = mask(key, label, payload[TAG:TAG + NONCE], payload[TAG + NONCE:])
     return int.from_bytes(plain[:STAMP], "big"), plain[STAMP:]
 
+# The messages of an exchange (README, The exchange): what makes and what reads each, side by side.
+Challenge = namedtuple("Challenge", "nonce patience seen")
+Result = namedtuple("Result", "done status text")
+
+def shared_key(secret, ports):
+    """K: the 32 bytes that a server shares with its clients."""
+    return keyed(secret, b"ports", struct.pack(f">{len(ports)}H", *ports), 32)
+
+def knock_id_of(k):
+    return keyed(k, b"id", b"", ID)
+
+def reply_key_of(k, sealed):
+    return keyed(k, b"reply", sealed, 32)
+
+def proof_of(reply_key, nonce):
+    return keyed(reply_key, b"answer", nonce, 32)
+
+def fragments_of(shared, knock_id, sealed, count):
+    size = -(-len(sealed) // count)  # rounded up
+    return [frame(shared, b"knock", bytes([i]) + knock_id + sealed[i * size:(i + 1) * size])
+            for i in range(count)]
+
+def answer_of(shared, knock_id, proof, count):
+    """It looks like one more fragment: its position is the number of fragments."""
+    return frame(shared, b"knock", bytes([count]) + knock_id + proof)
+
+def read_knock(shared, payload):
+    """A fragment or an answer -> (stamp, position, knock id, piece or proof), or None."""
+    opened = unframe(shared, b"knock", payload, 1 + ID)
+    return opened and (opened[0], opened[1][0], opened[1][1:1 + ID], opened[1][1 + ID:])
+
+def challenge_of(reply_key, nonce, patience, seen):
+    return frame(reply_key, b"challenge", nonce + patience.to_bytes(2, "big") + seen.encode())
+
+def read_challenge(reply_key, payload):
+    opened = unframe(reply_key, b"challenge", payload, 32 + 2)
+    if not opened:
+        return None
+    nonce, patience, seen = opened[1][:32], opened[1][32:34], opened[1][34:]
+    return Challenge(nonce, int.from_bytes(patience, "big"), seen.decode("ascii", "replace"))
+
+def result_of(done, status, text):
+    return bytes([done, status]) + text[:TEXT_MAX]
+
+def read_result(reply_key, payload):
+    opened = unframe(reply_key, b"result", payload, 2)
+    return opened and Result(opened[1][0], opened[1][1], opened[1][2:])
+
+# Addresses as bytes, ports (port: the sender's), TCP header or b"", payload, recvfrom's address.
+Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
+
 def split(packet, link):
-    """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet."""
-    packet = packet.ljust(LEAST)  # header reads end within; what links pad is shorter: no frame
+    """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet. Padded to LEAST, so
+    that no index below can fail: 60 bytes of IPv4's header at most, and 13 of TCP's. A padded one
+    is too short for a frame."""
+    packet = packet.ljust(LEAST)
     if packet[0] >> 4 == 4:
-        at, protocol, addresses = (packet[0] & 15) * 4, packet[9], packet[12:20]
+        at, protocol, sender, own = (packet[0] & 15) * 4, packet[9], packet[12:16], packet[16:20]
     else:
-        at, protocol, addresses = 40, packet[6], packet[8:40]
-    half, udp = len(addresses) // 2, protocol == socket.IPPROTO_UDP
-    start = at + (8 if udp else (packet[at + 12] >> 4) * 4)
-    return Packet(addresses[:half], addresses[half:], *struct.unpack_from(">HH", packet, at),
-                  b"" if udp else packet[at:at + 20], packet[start:], link)
+        at, protocol, sender, own = 40, packet[6], packet[8:24], packet[24:40]
+    port, own_port = struct.unpack_from(">HH", packet, at)
+    if protocol == socket.IPPROTO_UDP:
+        return Packet(sender, own, port, own_port, b"", packet[at + 8:], link)
+    start = at + (packet[at + 12] >> 4) * 4
+    return Packet(sender, own, port, own_port, packet[at:at + 20], packet[start:], link)
 
 def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     """An IP packet's bytes, as Linux makes it where net.ipv4.tcp_timestamps is 0: a datagram or,
@@ -340,26 +581,31 @@ def respond(packet, payload):
     if not packet.tcp:
         return craft(*where)
     seq, own_seq, flags = struct.unpack_from(">4xIIxB", packet.tcp)
-    ack = (seq + (flags >> 1 & 1) + len(packet.payload)) % 2**32  # a SYN counts as 1
-    return craft(*where, "SA" if (flags & 0x12) == 0x02 else "PA", own_seq, ack)
+    syn, acknowledges = flags & 0x02, flags & 0x10
+    ack = (seq + (1 if syn else 0) + len(packet.payload)) % 2**32  # a SYN counts as 1
+    return craft(*where, "SA" if syn and not acknowledges else "PA", own_seq, ack)
 
 # ---- client: a request in, one line and an exit code out; as an ordinary user --------------------
-WAIT, BACKOFF, LONGEST = 0.3, 1.3, 1.2  # seconds to the first repeat, factor to the next, longest
+# Seconds until the knock is repeated, by how much each wait grows, the longest.
+FIRST_WAIT, BACKOFF, LONGEST_WAIT = 0.3, 1.3, 1.2
+ADDRESSES_MAX = 4  # of a name, that are tried
+TCP_FASTOPEN_NO_COOKIE = 34  # linux/tcp.h; Python has no name for it
+ETH_P_ALL = 3  # linux/if_ether.h
 
 # A transport sends each frame of a knock to its target, and returns the socket that is answered.
-def kernel(family, _own, targets, frames):
+def kernel(route, frames):
     """An ordinary socket's SYN carries it: Linux's TCP Fast Open (RFC 7413) without a cookie."""
-    for target, payload in zip(targets, frames):
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    for target, payload in zip(route.targets, frames):
+        sock = socket.socket(route.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends by RST
-        sock.setsockopt(socket.IPPROTO_TCP, 34, 1)  # TCP_FASTOPEN_NO_COOKIE in linux/tcp.h
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
         sock.sendto(payload, socket.MSG_FASTOPEN, target)
     return sock  # the last: without a reference, the others are closed; their SYN is out
 
-def udp(family, _own, targets, frames):
+def udp(route, frames):
     """The frames as datagrams of one ordinary UDP socket: nothing in it is Linux's own."""
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    for target, payload in zip(targets, frames):
+    sock = socket.socket(route.family, socket.SOCK_DGRAM)
+    for target, payload in zip(route.targets, frames):
         sock.sendto(payload, target)
     sock.connect(target)  # only the last port answers
     return sock
@@ -368,16 +614,16 @@ class Crafted:
     """Every packet made with scapy (CAP_NET_RAW); it has what is used here of a socket. The
     kernel, which knows nothing of the connection, answers the SYN-ACK with RST: that is ignored."""
 
-    def __init__(self, family, own, targets, frames):
+    def __init__(self, route, frames):
         try:
-            self.raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
-            self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # all
+            self.raw = socket.socket(route.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+            self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         except PermissionError:
-            raise Fault(SYSTEM, "crafted packets need root or CAP_NET_RAW: sudo, or no --transport")
-        self.raw.connect(targets[0])
+            raise Fault(SYSTEM, "Crafted packets need root: use sudo, or leave --transport out.")
+        self.raw.connect(route.targets[0])
         self.fileno, own_port = self.wire.fileno, 32768 + secrets.randbelow(28000)
-        for target, payload in zip(targets, frames):
-            self.raw.send(craft(own, target[0], own_port, target[1], payload, "S"))
+        for (address, port, *_), payload in zip(route.targets, frames):
+            self.raw.send(craft(route.own, address, own_port, port, payload, "S"))
 
     def recv(self, size):
         self.packet = split(self.wire.recv(size), None)
@@ -388,16 +634,162 @@ class Crafted:
 
 TRANSPORTS = {"kernel": kernel, "udp": udp, "crafted": Crafted}
 
-def find_route(host, family, ports):
-    """(family, own address, targets) of a host's first address (RFC 6724). Raises Fault."""
+# A way to the server. own: this machine's address on it; targets: an address for each port.
+Route = namedtuple("Route", "address own family targets")
+
+def find_routes(host, family, ports):
+    """[Route] to a host's addresses (RFC 6724 order), as far as there is one. Raises Fault."""
     try:
-        family, _, _, _, where = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0]
-        targets = [(where[0], port, *where[2:]) for port in ports]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(targets[0])  # sends nothing: it looks up the route
-            return family, probe.getsockname()[0].partition("%")[0], targets
+        found = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)
     except OSError as error:
-        raise Fault(NO_ANSWER, f"{host}: {error}: another name, -4 or -6?")
+        raise Fault(NO_ANSWER, f"{host} has no address that can be found here: is it written "
+                               f"right? ({error.strerror})")
+    routes = []
+    for family, _, _, _, where in found[:ADDRESSES_MAX]:
+        targets = [(where[0], port, *where[2:]) for port in ports]
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(targets[0])  # sends nothing: it looks up the route
+            own = probe.getsockname()[0].partition("%")[0]
+            routes.append(Route(where[0], own, family, targets))
+    if not routes:
+        raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
+                               "up here?")
+    return routes
+
+# Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
+# what `ipaddress` says of these depends on its version.
+BEHIND_NAT = [ipaddress.ip_network(net) for net in ("192.0.0.0/24", "2002::/16", "fec0::/10")]
+
+def is_public(address):
+    ip = ipaddress.ip_address(address)
+    return ip.is_global and not any(ip in network for network in BEHIND_NAT)
+
+class Exchange:
+    """One knock by one route: what it sends, and what it believes."""
+
+    def __init__(self, client, route):
+        self.client, self.route = client, route
+        self.sealed = None  # until it is needed
+
+    def send(self, transport):
+        """All fragments, in new frames -> the socket that is answered. Raises Fault or OSError."""
+        if not self.sealed:
+            k = os.urandom(32)
+            self.sealed = self.client.seal_request(k)
+            self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
+        self.client.step(f"{len(self.route.targets)} fragments go to {self.route.address} by "
+                         f"{transport}.")
+        frames = fragments_of(self.client.shared, self.knock_id, self.sealed,
+                              len(self.route.targets))
+        return TRANSPORTS[transport](self.route, frames)
+
+    def answer(self, challenge, sock):
+        """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
+        own, seen, wanted = self.route.own, challenge.seen, self.client.address
+        if wanted:
+            right = wanted == "any" or seen in (wanted, own)
+        else:
+            right = seen == own or not is_public(own)  # a private address: NAT shows another
+        if not right:
+            raise Fault(RELAYED, f"The server sees {seen}, and this machine is {wanted or own}: "
+                                 "nothing was opened. If that is your NAT, knock with --address "
+                                 f"{seen}; if it is not, somebody relays your knock.")
+        proof = proof_of(self.reply_key, challenge.nonce)
+        with suppress(OSError):
+            sock.send(answer_of(self.client.shared, self.knock_id, proof, len(self.route.targets)))
+
+class Client:
+    """Who knocks, with which key, at which server."""
+
+    def __init__(self, options, command):
+        config = Config(options.config)
+        if options.host not in config.values:
+            known = [name for name in config.values if name != "client"]
+            raise Fault(CONFIG, f"{options.host} is not in {options.config}, which has "
+                                f"{', '.join(known) or 'no server yet'}: enroll there, and "
+                                f"tariq.py join {options.host} (README, The first hour).")
+        sections = options.host, "client"
+        config.require(*sections)
+        self.host, self.command, self.verbose = options.host, command, options.verbose
+        self.user = options.user or config.get("user", sections)
+        self.server_key = config.get("server_key", sections)
+        self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
+        self.images = options.img_dir or config.get("img_dir", sections, "")
+        self.address = options.address or config.get("address", sections, "")
+        self.ports = options.ports or config.get("secret_ports", sections)
+        self.shared = shared_key(config.get("secret", sections), self.ports)
+        self.target = config.get("host", sections, options.host)  # what is knocked at
+
+    def step(self, text):
+        if self.verbose:
+            log(text)
+
+    def seal_request(self, k):
+        """The request with a new k in a PNG, sealed. Raises Fault."""
+        request = json.dumps({"to": self.server_key, "k": k.hex(), "cmd": self.command})
+        image = embed(cover_image(self.images), request.encode())
+        try:
+            sealed = seal(self.home, image, self.user, self.server_key)
+        except Fault as fault:
+            self.look_at_keys(fault)
+            raise
+        if len(sealed) > len(self.ports) * PIECE_MAX:
+            raise Fault(CONFIG, f"The sealed request has {len(sealed)} bytes, and {len(self.ports)}"
+                                f" packets carry {len(self.ports) * PIECE_MAX}: use more "
+                                "secret_ports, or smaller keys.")
+        self.step(f"The request is hidden in a PNG and sealed: {len(sealed)} bytes.")
+        return sealed
+
+    def look_at_keys(self, fault):
+        """gpg did not seal. Raises Fault where a key is not there, or no longer good."""
+        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)))
+        server = trouble_with(find_key(self.home, "--list-keys", self.server_key))
+        if own:
+            raise Fault(BAD_DATA, f"Your key, {self.user}, {own} {self.home}: renew it, or make "
+                                  "one with tariq.py keygen; then enroll it.", fault.detail)
+        if server:
+            raise Fault(BAD_DATA, f"The key of {self.host} {server} {self.home}: enroll and join "
+                                  "again.", fault.detail)
+
+    def knock(self, routes, transports, seconds):
+        """Knock by each route and transport in turn, until there is a result -> (Exchange,
+        transport, Result). Raises Fault."""
+        exchanges = [Exchange(self, route) for route in routes]
+        ways = [(exchange, transport) for transport in transports for exchange in exchanges]
+        turns = itertools.cycle(ways)
+        sockets = {}  # socket: the way that it is of
+        chosen = None  # the exchange that was challenged first: no other one is answered
+        trouble = ""
+        wait, end = FIRST_WAIT, monotonic() + seconds
+        while monotonic() < end:
+            exchange, transport = next(turns)
+            try:
+                sockets[exchange.send(transport)] = exchange, transport
+            except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
+                trouble = f" ({transport}: {as_fault(error)})"
+            if len(sockets) > 4:  # three SYN time-outs, and Linux stops Fast Open: close in time
+                del sockets[next(iter(sockets))]
+            again = min(end, monotonic() + wait * secrets.SystemRandom().uniform(0.75, 1.25))
+            wait = min(wait * BACKOFF, LONGEST_WAIT)
+            for sock, payload in payloads(sockets, again):
+                exchange, transport = sockets[sock]
+                if result := read_result(exchange.reply_key, payload):
+                    return exchange, transport, result
+                challenge = read_challenge(exchange.reply_key, payload)
+                if challenge and chosen in (None, exchange):
+                    if not chosen:
+                        self.step(f"The server has unsealed it, and sees {challenge.seen}.")
+                        end = monotonic() + seconds + min(999, challenge.patience)
+                    chosen, turns = exchange, itertools.repeat((exchange, transport))
+                    exchange.answer(challenge, sock)
+        if chosen:
+            raise Fault(NO_ANSWER, f"{self.host} unsealed the knock, but sent no result. It may "
+                                   "have acted: look, then knock again.")
+        addresses = " and ".join(route.address for route in routes)
+        raise Fault(NO_ANSWER, f"No answer from {self.host} in {seconds:g} s, at {addresses} by "
+                               f"{' and '.join(transports)}{trouble}. The server's log may say why "
+                               f"(journalctl -u tariq); it is {time.strftime('%T', time.gmtime())} "
+                               "UTC by this clock, and a minute is too far off.")
 
 def payloads(sockets, end):
     """Yield (socket, payload) until the end. Of `sockets`, a dict's keys, goes what is over."""
@@ -409,105 +801,95 @@ def payloads(sockets, end):
                 else:
                     del sockets[sock]
 
-def converse(host, transports, route, key, k, sealed, seconds, step):
-    """The client's side, which drives the exchange through losses: it repeats the knock, by each
-    transport in turn, until the result is there -> (done, status, text)."""
-    knock_id, reply_key = keyed(k, b"id", b"", ID), keyed(k, b"reply", sealed, 32)
-    _, own, targets = route
-    count = len(targets)
-    size = -(-len(sealed) // count)
-    public = ipaddress.ip_address(own).is_global  # else NAT may show another
-    wait, trouble, challenged, end = WAIT, "", False, monotonic() + seconds
-    sockets = {}  # and by which transport each came
-    while monotonic() < end:
-        transport, *others = transports
-        transports = [*others, transport]
-        step(f"{count} fragments go by {transport}")
-        frames = [frame(key, b"knock", bytes([i]) + knock_id + sealed[i * size:][:size])
-                  for i in range(count)]
-        try:
-            sockets[TRANSPORTS[transport](*route, frames)] = transport
-        except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
-            trouble = f" ({error})"
-        if len(sockets) > 4:  # close the oldest: three SYN time-outs, and Linux stops Fast Open
-            del sockets[next(iter(sockets))]
-        again = min(end, monotonic() + wait * secrets.SystemRandom().uniform(0.75, 1.25))
-        wait = min(wait * BACKOFF, LONGEST)
-        for sock, payload in payloads(sockets, again):
-            if result := unframe(reply_key, b"result", payload, 2):
-                _, (done, status, *text) = result
-                return done, status, bytes(text)
-            if challenge := unframe(reply_key, b"challenge", payload, 34):
-                c, patience = struct.unpack_from(">32sH", challenge[1])
-                seen = challenge[1][34:].decode(errors="replace")
-                if public and seen != own:
-                    raise Fault(RELAYED, f"the server sees {seen}, this machine is {own}: nothing "
-                                         "was opened; a relay, or NAT: try -4, -6, another network")
-                if not challenged:
-                    step(f"the server has unsealed the request, and sees {seen}")
-                    challenged, end = True, monotonic() + seconds + min(999, patience)
-                transports = [sockets[sock]]  # the way that works
-                proof = knock_id + keyed(reply_key, b"answer", c, 32)
-                with suppress(OSError):
-                    sock.send(frame(key, b"knock", bytes([count]) + proof))
-    if challenged:
-        raise Fault(NO_ANSWER, f"{host} sent no result, but may have acted: look, then knock again")
-    raise Fault(NO_ANSWER, f"no answer from {host} in {seconds} s: wrong ports, secret, clock or "
-                           f"key, no server, or a firewall{trouble}: try another --transport")
+def report(client, result):
+    """Print what was done. -> exit code. Raises Fault where it was refused."""
+    text = result.text
+    if not result.done:
+        raise Fault(result.status or REFUSED,
+                    f"{client.host} says: {text.decode(errors='replace')}")
+    if client.command[0] != "E":  # whose output is passed on as it is, as by ssh
+        words = printable(text.decode(errors="replace"))  # opened tcp/22 for ADDRESS until...
+        text = words.replace(" for ", f" on {client.host} for ", 1).encode() + b"\n"
+    os.write(1, text)
+    return result.status
 
 def cmd_knock(options):
-    """Knock at options.host, print what was done. Returns the exit code."""
-    sections = options.host, "client"
-    step = log if options.verbose else str  # str: to say nothing
-    command = command_of([options.action, *options.words])
-    config = Config(options.config)
-    server, user = config.get("server_key", sections), options.user or config.get("user", sections)
-    ports = parse("secret_ports", options.ports) if options.ports \
-        else config.get("secret_ports", sections)
-    key = shared_key(config.get("secret", sections), ports)
-    home = options.gpg_dir or config.get("client_gpg_dir", sections)
-    images = options.img_dir or config.get("img_dir", sections, "")
-    route = find_route(config.get("host", sections, options.host), options.family, ports)
-    k = os.urandom(32)
-    request = json.dumps({"to": server, "k": k.hex(), "cmd": command})
-    sealed = seal(home, hide(cover(images), request.encode()), user, server)
-    if len(sealed) > len(ports) * (FRAME_MAX - HEAD - 1 - ID):
-        raise Fault(CONFIG, f"{len(sealed)} bytes do not fit: use more secret_ports, smaller keys")
-    step(f"request hidden in a PNG and sealed for {server}: {len(sealed)} bytes")
-    done, status, text = converse(options.host, options.transport, route, key, k, sealed,
-                                  options.timeout, step)
-    if not done:
-        raise Fault(status or REFUSED, f"{options.host} says: {text.decode(errors='replace')}")
-    if command[0] != "E":  # whose output is passed on as it is, as by ssh
-        words = printable(text.decode(errors="replace"))  # opened tcp/22 for ADDRESS until...
-        text = words.replace(" for ", f" on {options.host} for ", 1).encode() + b"\n"
-    os.write(1, text)
+    """Knock at a server: open ports (O), close them (C), or execute a command (E). It prints what
+    the server did, and needs no root. Examples:
+
+        tariq.py knock box.example.com O 22
+        tariq.py knock box.example.com E service httpd restart"""
+    client = Client(options, command_of([options.action, *options.words]))
+    routes = find_routes(client.target, options.family, client.ports)
+    began = monotonic()
+    exchange, transport, result = client.knock(routes, options.transport, options.timeout)
+    status = report(client, result)
+    # ssh may take either family: open the other one's door, too. Never run a command twice.
+    others = [route for route in routes if route.family != exchange.route.family]
+    if others and client.command[0] != "E":
+        with suppress(Fault):  # it is an extra
+            _, _, result = client.knock(others, [transport], 3 * (monotonic() - began))
+            report(client, result)
     return status
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
-CLOCK_SKEW = 60_000  # milliseconds that a client's clock may differ
-SEEN_MAX = 65_536  # nonces and ids remembered: a frame is good for two minutes, so 500 a second
-KNOCKS_MAX = 256  # incomplete knocks kept (then the oldest goes); and as many complete ones
-UNANSWERED_MAX = 16  # knocks of one address (IPv6: /64) that nobody has answered for
-ANSWER_TIME, REPEAT_TIME = 30, 10  # seconds from challenge to answer; in which a result is repeated
+# Who is bounded by what                                      and what happens beyond
+#   anybody: one packet of memory, one hash of time           no frame: dropped, nothing is kept
+#            RECEIVE_BUFFER in the kernel (twice)             the kernel drops
+#   who has the secret, but no key:
+#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten (see `gate`)
+#            KNOCKS_MAX incomplete knocks                     the oldest is dropped
+#            KNOCKS_MAX complete ones, a thread each; of one  a new one is dropped: the client's
+#              address UNANSWERED_MAX that nobody answered    repeat asks again
+#            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
+#                                                             at most some 300 log lines a second
+#   who has an enrolled key: as above; then COMMANDS_MAX, DOORS_MAX (monitor)
+#
+# Replays                                                     fail at
+#   the same packet again                                     `gate`: its nonce is in self.seen
+#   the same packet, when self.seen has forgotten it          `gate`: its stamp is CLOCK_SKEW old
+#   the same packet after a restart                           `gate`: it is from before self.began
+#   the same request in new frames, by who has the secret     `dialogue`: nobody else knows k, so
+#                                                             the challenge is not answered
+#   the same request at another server                        `dialogue`: "to" is another key
+SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
+KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
+UNANSWERED_MAX = 16
+GPG_SLOTS, GPG_WAIT = threading.Semaphore(4), 10  # runs of gpg at once; seconds to wait for one
+ANSWER_TIME = 30  # seconds from the challenge to its answer
+REPEAT_TIME = 10  # seconds in which a result is repeated
+COMPLAINT_TIME = 60  # seconds between two log lines of one kind
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
-GPG_SLOTS = threading.Semaphore(4)  # runs of gpg at once
+RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
+PR_SET_DUMPABLE = 4  # linux/prctl.h
+LINK_ADDRESS_MAX = 8  # bytes that Python's sendto takes
 
 class Knock:
-    """From first fragment to last result. packet: to answer; source: its address, till answered."""
+    """From its first fragment to the last repeat of its result."""
 
     def __init__(self):
-        self.pieces, self.packet, self.source = {}, None, None
-        self.frames, self.result = queue.Queue(4), queue.Queue()
+        self.pieces = {}  # position: fragment
+        self.packet = None  # the newest of its client's: where replies go
+        self.source = None  # its address, until somebody has answered for it
+        self.frames = queue.Queue(4)  # its repeats and answers, for the thread that serves it
+        self.result = queue.Queue()  # the monitor's
 
 class Listener:
     """Gate and reassembly in one thread, and a thread a knock for the dialogue. Bounded memory."""
 
     def __init__(self, sock, channel, settings):
-        self.sock, self.channel, self.settings = sock, channel, settings  # Monitor's
+        self.sock = sock  # the packet socket
+        self.channel = channel  # to the monitor
+        self.home, self.own_key = settings["home"], settings["own_key"]
+        self.patience = settings["patience"]
         self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
-        self.last, self.began = len(self.ports) - 1, time.time() * 1000
-        self.seen, self.partial, self.knocks = OrderedDict(), OrderedDict(), {}
+        self.last = len(self.ports) - 1  # the last fragment's position
+        self.began = time.time()
+        self.lock = threading.Lock()  # of the three below, which threads share
+        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
+        self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
+        self.knocks = {}  # knock id: Knock that a thread serves
+        self.complained = {}  # kind: when
 
     # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, and from here ==
     def receive(self):
@@ -519,26 +901,37 @@ class Listener:
         """An authentic frame of now, new, at its own port -> (position, id, piece, Packet); else
         None, and nothing is kept. Position: a fragment's, or above last: an answer."""
         packet = split(data, link)
-        if not (opened := unframe(self.key, b"knock", packet.payload, 1 + ID)):
+        opened = read_knock(self.key, packet.payload)
+        if not opened:
             return None
         # == to here. Who sent it has the secret; who it is, gpg will say. ==
-        (sent, data), now, nonce = opened, time.time() * 1000, packet.payload[TAG:TAG + NONCE]
-        if abs(now - sent) > CLOCK_SKEW or sent <= self.began <= now or nonce in self.seen \
-                or packet.own_port != self.ports[min(data[0], self.last)]:
-            return None  # sent before it began: perhaps a replay (a clock set back: no telling)
+        stamp, position, knock_id, piece = opened
+        sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
+        if abs(now - sent) > CLOCK_SKEW:
+            self.complain("clock", f"{address_in(packet)} sent an authentic frame of "
+                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}:"
+                                   " its clock or this one is wrong, or it is a recording.")
+            return None
+        if sent <= self.began <= now:
+            return None  # perhaps a replay from before the start (a clock set back: no telling)
+        if nonce in self.seen or packet.own_port != self.ports[min(position, self.last)]:
+            return None
         self.remember(nonce)
-        return data[0], data[1:1 + ID], data[1 + ID:], packet
+        return position, knock_id, piece, packet
 
     def remember(self, token):
-        self.seen[token] = None
-        if len(self.seen) > SEEN_MAX:
-            self.seen.popitem(last=False)
+        with self.lock:
+            self.seen[token] = None
+            if len(self.seen) > SEEN_MAX:
+                self.seen.popitem(last=False)
 
     def collect(self, position, knock_id, piece, packet):
         """A frame to its knock, whose address is where its last fragment first came from."""
-        if knock := self.knocks.get(knock_id):
+        with self.lock:
+            knock = self.knocks.get(knock_id)
+        if knock:  # a thread serves it: a last fragment again, or an answer, is for that thread
             if position >= self.last and packet.sender == knock.packet.sender:
-                knock.packet = packet  # a repeat or the answer: replies go to the newest
+                knock.packet = packet  # replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
                     knock.frames.put_nowait(piece)
         elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
@@ -550,375 +943,889 @@ class Listener:
                 knock.packet = knock.packet or packet
             if len(knock.pieces) == len(self.ports):
                 del self.partial[knock_id]
-                knock.source = knock.packet.sender[:8]  # IPv4, or IPv6's /64
-                sources = [other.source for other in list(self.knocks.values())]
-                # One beyond the limits is dropped: its repeat asks again.
-                if len(sources) < KNOCKS_MAX and sources.count(knock.source) < UNANSWERED_MAX:
-                    self.knocks[knock_id] = knock
-                    threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
+                self.begin(knock_id, knock)
+
+    def begin(self, knock_id, knock):
+        """A thread for a whole knock. One beyond the limits is dropped: its repeat asks again."""
+        knock.source = knock.packet.sender[:8]  # IPv4, or IPv6's /64
+        with self.lock:
+            sources = [other.source for other in self.knocks.values()]
+            if len(sources) < KNOCKS_MAX and sources.count(knock.source) < UNANSWERED_MAX:
+                self.knocks[knock_id] = knock
+                threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
 
     def serve(self, knock_id, knock):
-        address = str(ipaddress.ip_address(knock.packet.sender))
+        address = address_in(knock.packet)
         try:
             self.dialogue(knock_id, knock, address)
-        except queue.Empty:
-            pass  # its time is over
         except Exception as error:  # whatever becomes of one knock, the next is served
-            self.say(f"{address}: knock refused: {explained(error)[1]}")
+            fault = as_fault(error)
+            self.log(f"{address}: knock refused: {fault} {fault.detail}")
         self.remember(knock_id)  # before it goes: its repeats shall start no gpg
-        del self.knocks[knock_id]
+        with self.lock:
+            del self.knocks[knock_id]
 
     def dialogue(self, knock_id, knock, address):
-        """The server's side of the exchange. Raises Fault, or queue.Empty when its time is over."""
+        """The server's side of the exchange. Raises Fault."""
         sealed = b"".join(piece for _, piece in sorted(knock.pieces.items()))
-        own = self.settings["own"]
-        with GPG_SLOTS:
-            signer, png = unseal(self.settings["home"], sealed, own)
+        if not GPG_SLOTS.acquire(timeout=GPG_WAIT):
+            raise Fault(SYSTEM, "too many knocks at once.")
         try:
-            request = json.loads(reveal(png))
+            signer, png = unseal(self.home, sealed, self.own_key)
+        finally:
+            GPG_SLOTS.release()
+        try:
+            request = json.loads(extract(png))
             k, command = bytes.fromhex(request["k"]), command_of(request["cmd"])
-            if request["to"] != own or keyed(k, b"id", b"", ID) != knock_id:
+            if request["to"] != self.own_key or knock_id_of(k) != knock_id:
                 raise ValueError
         except Exception:  # whatever else was signed: Pillow has many for bad files
-            raise Fault(BAD_DATA, f"{signer} signed no request, or for another server or knock")
-        reply_key, c = keyed(k, b"reply", sealed, 32), os.urandom(32)
-        patience = self.settings["patience"]
-        challenge = c + patience.to_bytes(2, "big") + address.encode()
-        answer, end = keyed(reply_key, b"answer", c, 32), monotonic() + ANSWER_TIME
-        piece = b""
-        while not hmac.compare_digest(piece, answer):  # the knock, and its repeats
-            self.reply(knock.packet, frame(reply_key, b"challenge", challenge))
-            piece = knock.frames.get(timeout=max(0, end - monotonic()))
+            raise Fault(BAD_DATA, f"{signer} signed no request, or one for another server or "
+                                  "knock.")
+        # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
+        reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
+        expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
+        proof = None
+        while proof is None or not hmac.compare_digest(proof, expected):
+            # The challenge; and again for each frame that is not the answer: the client waits.
+            self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
+            try:
+                proof = knock.frames.get(timeout=max(0, end - monotonic()))
+            except queue.Empty:
+                return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
+                                "replies or the answers are lost on the way, or somebody else is.")
         knock.source = None
-        self.say([knock_id.hex(), signer, command, knock.packet.sender.hex()])
-        result = knock.result.get(timeout=patience + ANSWER_TIME)  # here a margin
-        end = monotonic() + REPEAT_TIME
-        while True:
-            self.reply(knock.packet, frame(reply_key, b"result", result))
-            knock.frames.get(timeout=max(0, end - monotonic()))
+        self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
+        with suppress(queue.Empty):  # its time is over
+            result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
+            end = monotonic() + REPEAT_TIME
+            while True:
+                self.reply(knock, frame(reply_key, b"result", result))
+                knock.frames.get(timeout=max(0, end - monotonic()))
 
-    def reply(self, packet, payload):
-        """To where a packet came from, by the interface and link address that it came by."""
-        with suppress(OSError):  # an interface that is gone: the client repeats itself
-            self.sock.sendto(respond(packet, payload), packet.link)
+    def reply(self, knock, payload):
+        """To where the knock came from, by the interface and link address that it came by."""
+        packet = knock.packet
+        *interface, address = packet.link
+        if len(address) > LINK_ADDRESS_MAX:
+            address = b""  # a tunnel's, which has one other end
+        try:
+            self.sock.sendto(respond(packet, payload), (*interface, address))
+        except OSError as error:  # the client repeats itself
+            self.complain("reply", f"{address_in(packet)}: a reply cannot be sent by "
+                                   f"{interface[0]}: {error.strerror}.")
 
-    def say(self, message):  # text for the log, or a request: [knock id, signer, command, sender]
+    def complain(self, kind, text):
+        """Log it, unless there was one of this kind just now."""
+        if monotonic() - self.complained.get(kind, -COMPLAINT_TIME) >= COMPLAINT_TIME:
+            self.complained[kind] = monotonic()
+            self.log(text)
+
+    def log(self, text):
+        self.tell(log=text)
+
+    def tell(self, **message):
+        """log=text, ready=True, or request=[knock id, signer, command, address], for Monitor."""
         self.channel.send(json.dumps(message).encode())
 
     def take_results(self):
         """id | done, status, text from the monitor, each to the thread that waits."""
         while message := self.channel.recv(MESSAGE_MAX):
-            if knock := self.knocks.get(message[:ID]):
+            with self.lock:
+                knock = self.knocks.get(message[:ID])
+            if knock:
                 knock.result.put(message[ID:])
 
+def address_in(packet):
+    return str(ipaddress.ip_address(packet.sender))
+
 def check_unprivileged():
-    """Raises Fault where root's ids, groups, capabilities are left (proc(5)); drops its keyring."""
+    """Raises Fault where any id, group or capability of root's is left (proc(5))."""
     with open("/proc/self/status", encoding="ascii") as file:
-        status = file.read()
-    if re.search(r"(?m)^([UG]id:.*\b0\b|Groups:.*\d|Cap...:\s*0*[1-9a-f]|NoNewPrivs:\s*0)", status):
-        raise Fault(CONFIG, "server_gpg_dir needs an unprivileged owner: chown -R tariq: it")
-    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: a gpg that was taken over cannot look in here
-    with suppress(OSError):  # exec leaves a process the keys of root's session: join a new one
+        status = dict(line.split(":", 1) for line in file)
+    root = "0" in status["Uid"].split() + status["Gid"].split()
+    capable = any(int(status[name], 16) for name in status if name.startswith("Cap"))
+    if root or capable or status["Groups"].split() or status["NoNewPrivs"].strip() != "1":
+        raise Fault(CONFIG, "The listener still has a privilege of root's: chown -R tariq: the "
+                            "server_gpg_dir.")
+
+def leave_roots_memory():
+    """No other process of this user reads this one's memory, which has the secret; and what keys
+    root's session has (keyrings(7); systemd gives a service none) stay there. Raises OSError."""
+    import ctypes
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+    with suppress(OSError):  # the library is missing: there are no such keys either, mostly
         ctypes.CDLL("libkeyutils.so.1").keyctl_join_session_keyring(None)
 
 def cmd_listener(descriptors):
-    """What the monitor starts, with its packet socket and its end of the channel."""
+    """What the monitor starts: two descriptors, its packet socket and its end of the channel."""
     sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
     listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
     try:
         check_unprivileged()
+        leave_roots_memory()
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
-        # Is the key there? This also starts gpg-agent.
-        gpg(listener.settings["home"], "--list-secret-keys", listener.settings["own"])
+        key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
+        if trouble := trouble_with(key):
+            raise Fault(CONFIG, f"The server's key {trouble} {listener.home}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
-        listener.say(f"listening for knocks on {len(listener.ports)} ports")
+        listener.tell(ready=True)
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
-        listener.say(explained(error)[1])  # and sees the channel close
+        fault = as_fault(error)
+        listener.log(f"{fault} {fault.detail}")  # and the monitor sees the channel close
 
-# ---- monitor: requests in, rules and commands out. RUNS AS ROOT, as init and enroll do -----------
-# BPF (linux/bpf_common.h, filter.h) in hexadecimal: operation, two jumps, value. It passes what may
-# be a frame (LEAST, MOST), to this host's link address (so not sent by it), without a VLAN tag
-# (the VLAN's interface delivers it again). A test of each port follows it.
-FRAMES_ONLY = f"""\
-    20 0 0 fffff004  load the packet's type
-    15 0 6 0         PACKET_HOST? else *
-    20 0 0 fffff02c  load the VLAN's tag
-    54 0 0 fff       its number
-    15 0 3 0         none? else *
-    80 0 0 0         load the length
-    25 1 0 {MOST:x}       over MOST? then *
-    35 1 0 {LEAST:x}        LEAST or more? then over *
-    06 0 0 0         * nothing of this packet
-    30 0 0 0         load the IP header's first byte (no link header: SOCK_DGRAM)
-    35 3 0 60        IPv6? then to the last line
-    b1 0 0 0         IPv4: the header's length
-    48 0 0 2         load the port behind it
-    05 0 0 1         over the last line
-    28 0 0 2a        IPv6: load the port
-"""
-RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
-COMMANDS_MAX = 16  # at once
-DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
-ANY = 255  # as run's `most`: whatever the exit status
+# ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
+# Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
+#
+#   program                               by              as            time     output is cut at
+#   iptables, ip6tables, -restore         run             root          15 s     OUTPUT_ROOM
+#   open_command, close_command           run             root          15 s     OUTPUT_ROOM
+#   a client's permitted command (E)      Monitor         root          command_timeout, OUTPUT_ROOM
+#   ss, useradd, systemctl, timedatectl   run             root          60 s     OUTPUT_ROOM
+#   gpg (init, enroll, check: never on    gpg             keyring's     60 s     memory
+#     what came from the network)                           owner
+#   this file as the listener             start_listener  keyring's     no end   /dev/null
+#                                                           owner
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
-FOREVER = 2**31 - 1  # the last second iptables' time match takes; as a door's seconds: no end
-RULE = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} --dport {dport} "
-        "-m time --datestop {until} -j ACCEPT").split()  # below, addresses to try it with
-FAMILIES = ("iptables -w 5".split(), "192.0.2.1"), ("ip6tables -w 5".split(), "2001:db8::1")
+F_SETPIPE_SZ = 1031  # linux/fcntl.h
+NOT_FOUND = 127  # exit status of timeout(1) where there is no such program
 
-def launch(words, seconds, before=()):
-    """Log and start a program, by `before`; after `seconds` timeout(1) kills it and its group."""
-    log("+ " + shlex.join(words))
-    process = Popen([*before, *f"timeout -k 1 -s KILL {seconds}".split(), *words], cwd="/",
-                    stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)
+def need_root():
+    if os.geteuid():
+        raise Fault(SYSTEM, f"This needs root: sudo {sys.argv[0]} {sys.argv[1]}")
+    os.environ.clear()  # no program that root starts gets the caller's environment
+    os.environ["PATH"] = PATH
+
+def launch(words, seconds, before=(), data=b""):
+    """Start a program, by `before`; after `seconds` timeout(1) kills it and its group. `data`, of
+    less than a pipe's 64 KiB, is its stdin."""
+    process = Popen([*before, "timeout", "-k", "1", "-s", "KILL", str(seconds), *words], cwd="/",
+                    stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True)
+    with suppress(OSError), process.stdin as pipe:
+        pipe.write(data)
     with suppress(OSError):
-        fcntl.fcntl(process.stdout, 1031, OUTPUT_ROOM)  # F_SETPIPE_SZ
+        fcntl.fcntl(process.stdout, F_SETPIPE_SZ, OUTPUT_ROOM)
     os.set_blocking(process.stdout.fileno(), False)  # a daemon it leaves may hold the pipe open
     return process
 
 def finished(process):
-    """Wait for a process -> (exit status, its words); a signal's number as in a shell."""
+    """Wait for a process -> (exit status, its output); a signal's number as in a shell."""
     status = process.wait()
     with process.stdout as pipe:
-        return status if status >= 0 else 128 - status, pipe.read(OUTPUT_ROOM) or b""
+        output = pipe.read(OUTPUT_ROOM) or b""
+    return status if status >= 0 else 128 - status, output
 
-def run(*words, most=0):
-    """Run a program, for 15 s at most -> (exit status up to `most`, its words). Raises Fault."""
-    status, output = finished(launch(words, 15))
-    text = output.decode(errors="replace")
-    if status > most:
-        raise Fault(SYSTEM, f"{words[0]}: {text.strip()[:300]} ({status})")
-    return status, text
+def query(*words, seconds=15, data=b""):
+    """Run a program -> (exit status, its output). Not logged: it changes nothing. Raises Fault
+    where it is missing."""
+    status, output = finished(launch(words, seconds, data=data))
+    if status == NOT_FOUND:
+        raise missing(words[0])
+    return status, output.decode(errors="replace")
 
-def permitted(patterns, command):
-    """Whether patterns of `may` permit a command, both from `command_of`. O, C: it has all ports.
-    E: one fits word by word, where * is any word; as the last one any number of them, or none."""
-    if command[0] != "E":
-        allowed = {port for action, *ports in patterns if action == command[0] for port in ports}
-        return allowed.issuperset(command[1:])
-    for pattern in patterns:
+def run(*words, accept=0, seconds=15, data=b""):
+    """Log and run a program that changes something -> (exit status up to `accept`, its output).
+    Raises Fault."""
+    log(f"+ {shlex.join(words)}" + "".join(f"; {line}" for line in data.decode().splitlines()))
+    status, output = query(*words, seconds=seconds, data=data)
+    if status > accept:
+        raise Fault(SYSTEM, f"{words[0]} failed: {output.strip()[:300] or f'status {status}'}")
+    return status, output
+
+# ---- doors: what opens and closes ports, and what hides all others -------------------------------
+TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
+RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
+                  "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
+LAST_SECOND = 2**31 - 1  # that xt_time takes: the end of a door that has none
+NFT_SECONDS_MAX = 99_999_999  # that nft takes as a timeout
+
+class Door:
+    """One address, or the network around it, may make new connections to one port until its end.
+    Connections that are there when it ends go on."""
+
+    def __init__(self, ip, port, user, seconds, template):
+        self.ip, self.port, self.user, self.seconds = ip, port, user, seconds
+        self.family = 6 if ":" in ip else 4
+        self.number, self.protocol = port.split("/")
+        self.net = str(ipaddress.ip_network(f"{ip}/{24 if self.family == 4 else 64}", strict=False))
+        self.source = self.net if "{net}" in template else ip  # who may come in
+        self.key = self.source, port
+        self.deadline = monotonic() + seconds if seconds else None  # when this server closes it
+        self.until = time.time() + seconds if seconds else LAST_SECOND  # for people and the kernel
+
+    def __str__(self):
+        return f"{self.protocol}/{self.number}"
+
+    def end(self):
+        if not self.seconds:
+            return "closed"
+        return time.strftime("%F %TZ" if self.seconds >= 86400 else "%TZ", time.gmtime(self.until))
+
+    def fill(self, template):
+        """The words of a template, with its {fields}. Other braces stay as they are."""
+        fields = {
+            "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
+            "dport": self.number, "protocol": self.protocol,
+            "seconds": str(min(self.seconds or NFT_SECONDS_MAX, NFT_SECONDS_MAX)),
+            "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
+        }
+        def value(match):
+            return fields.get(match[1], match[0])
+        return [re.sub(r"\{(\w+)\}", value, word) for word in shlex.split(template)]
+
+IPTABLES = {4: "iptables", 6: "ip6tables"}
+WAIT = ("-w", "5")  # seconds for the lock that iptables' programs share
+EXAMPLES = {4: "192.0.2.1", 6: "2001:db8::1"}  # documentation addresses, to try a rule with
+ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+# What goes on where all else is dropped: answers and errors; of IPv6 (RFC 4890, 4.4) errors 1-4,
+# neighbour discovery 133-136, multicast listener discovery 130-132 and 143; DHCP's answers.
+KEPT = {
+    4: [ESTABLISHED, "-i lo -j ACCEPT", "-p udp -m udp --sport 67 --dport 68 -j ACCEPT"],
+    6: [ESTABLISHED, "-i lo -j ACCEPT", "-s fe80::/10 -p udp -m udp --dport 546 -j ACCEPT",
+        *(f"-p ipv6-icmp -m icmp6 --icmpv6-type {number} -j ACCEPT"
+          for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
+}
+
+class Iptables:
+    """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
+    public_ports, to one more that drops what is not public."""
+
+    def __init__(self, config):
+        self.chain = config.get("iptables_chain", default="tariq")
+        self.hiding_chain = f"{self.chain}-hide"
+        self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
+                          for protocol in ("tcp", "udp")}
+        self.public_ports = config.values["server"].get("public_ports")  # None: INPUT is not ours
+
+    def rules(self, family, chain, *options):
+        """The lines of a chain, as -S prints them; [] where there is no such chain."""
+        status, output = query(IPTABLES[family], *WAIT, *options, "-S", chain)
+        if status and chain == "INPUT":
+            raise Fault(SYSTEM, f"{IPTABLES[family]} does not work here: {output.strip()[:200]}")
+        return [] if status else output.splitlines()
+
+    def transact(self, family, lines):
+        """Change the filter table in one step or not at all (iptables-restore(8))."""
+        run(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
+            data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
+
+    def put_back(self, family, starting=False):
+        """Make and link what INPUT lacks of ours -> INPUT's rules as they are then."""
+        rules, lines = self.rules(family, "INPUT"), []
+        if f"-A INPUT -j {self.chain}" not in rules:
+            if not self.rules(family, self.chain):
+                lines.append(f"-N {self.chain}")
+            lines.append(f"-I INPUT -j {self.chain}")  # first: before what drops
+        if "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:]) \
+                and f"-A {self.chain} {ESTABLISHED}" not in self.rules(family, self.chain):
+            # Flushed, and the policy drops all: a connection through a door would hang.
+            lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]]
+        if self.public_ports is not None and not self.is_hidden(family, rules):
+            lines += self.hiding_lines(family, rules)
+        if not lines:
+            return rules
+        if not starting:
+            log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload of "
+                "the firewall?): it is put back.")
+        self.transact(family, lines)
+        return self.rules(family, "INPUT")
+
+    def hiding_lines(self, family, rules, limit=""):
+        """What makes the hiding chain, and jumps to it right behind the doors: with a time limit,
+        until the kernel ends it."""
+        kept = [rule for rule in rules if rule.startswith("-A") and self.hiding_chain not in rule]
+        doors = f"-A INPUT -j {self.chain}"
+        position = kept.index(doors) + 2 if doors in kept else 2
+        public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
+                  for port in self.public_ports]  # RETURN: other rules of INPUT still hold
+        return [*self.unhiding_lines(rules), f":{self.hiding_chain} - [0:0]",  # made, or emptied
+                *(f"-A {self.hiding_chain} {rule}" for rule in [*KEPT[family], *public, "-j DROP"]),
+                f"-I INPUT {position} {limit}-j {self.hiding_chain}"]
+
+    def unhiding_lines(self, rules):
+        return [rule.replace("-A", "-D", 1) for rule in rules
+                if rule.endswith(f"-j {self.hiding_chain}")]
+
+    def is_hidden(self, family, rules):
+        whole = 1 + len(KEPT[family]) + len(self.public_ports) + 1  # -N, these, DROP
+        return f"-A INPUT -j {self.hiding_chain}" in rules \
+            and len(self.rules(family, self.hiding_chain)) == whole
+
+    def drops(self, rules):
+        """Whether INPUT drops what nothing accepts, as far as iptables can tell."""
+        now = time.strftime("%FT%T", time.gmtime())
+        for rule in rules:
+            trial = re.search(rf"--datestop (\S+) -j {self.hiding_chain}$", rule)  # of `hide`
+            if rule == f"-A INPUT -j {self.hiding_chain}" or trial and now < trial[1]:
+                return True
+        return "-P INPUT DROP" in rules or rules[-1].startswith(("-A INPUT -j DROP",
+                                                                 "-A INPUT -j REJECT"))
+
+    def prepare(self):
+        """At start: link the chains, try the rules that open doors, and empty the doors' chain."""
+        for family, program in IPTABLES.items():
+            try:
+                self.put_back(family, starting=True)
+                for port in ("9/tcp", "9/udp"):
+                    self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
+                run(program, *WAIT, "-F", self.chain)
+                if doubts := self.doubts(self.put_back(family, starting=True)):
+                    log(f"{program}: {doubts} (README, When it does not work).")
+            except Fault as fault:
+                if family == 4:
+                    raise
+                log(f"No doors for IPv6: {fault}")
+
+    def try_rule(self, door):
+        words = self.words("-A", door)
+        if all(query(*words)[0] for _ in range(2)):  # twice: a lock that is held is no refusal
+            log(f"{words[0]} refuses a rule with a time limit (no xt_time in this kernel?): this "
+                "server ends doors, not the kernel, and kill -9 leaves them open.")
+            for protocol, template in self.templates.items():
+                self.templates[protocol] = template.replace(TIME_LIMIT, "")
+            run(*self.words("-A", door))
+
+    def words(self, action, door):
+        rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
+        return [IPTABLES[door.family], *WAIT, action, self.chain, *rule]
+
+    def template(self, protocol):
+        return self.templates[protocol]
+
+    def open(self, door):
+        """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
+        rules = self.put_back(door.family)
+        run(*self.words("-A", door))
+        return self.doubts(rules)
+
+    def doubts(self, rules):
+        """What rules of INPUT are not as doors need them, in words, or ''."""
+        found = []
+        doors = f"-A INPUT -j {self.chain}"
+        before = itertools.takewhile(lambda rule: rule != doors, rules[1:])
+        if not all(rule.endswith("-j ACCEPT") for rule in before):
+            found.append("another rule stands before Tariq's in INPUT, and may refuse you")
+        if "legacy" in rules[0]:  # iptables' warning about tables of its older kind
+            found.append("the tables of iptables-legacy may refuse you")
+        if not self.drops(rules):
+            found.append("INPUT drops nothing: no port is hidden")
+        return " and ".join(found)
+
+    def close(self, door):
+        """-> whether it was open."""
+        return run(*self.words("-D", door), accept=1)[0] == 0
+
+    def close_all(self, _doors):
+        for program in IPTABLES.values():
+            yield [program, *WAIT, "-F", self.chain]
+
+class Commands:
+    """Doors are whatever open_command and close_command make them."""
+
+    def __init__(self, config):
+        self.chain = "commands"  # in the name of the server's lock
+        self.opening, self.closing = config.get("open_command"), config.get("close_command")
+
+    def prepare(self):
+        if "{until}" not in self.opening and "{seconds}" not in self.opening:
+            log("open_command has neither {seconds} nor {until}: this server ends doors, and "
+                "kill -9 leaves them open.")
+
+    def put_back(self, family):
+        pass  # open_command's business
+
+    def template(self, _protocol):
+        return self.opening
+
+    def open(self, door):
+        run(*door.fill(self.opening))
+        return ""
+
+    def close(self, door):
+        # That it fails is no fault, as nft's does once the element has expired; that it does not
+        # run to its end is: 124 and above are timeout(1)'s.
+        status, output = run(*door.fill(self.closing), accept=123)
+        if status:
+            log(f"close_command: {output.strip()[:300] or status}")
+        return True
+
+    def close_all(self, doors):
+        for door in doors:
+            yield door.fill(self.closing)
+
+TRIAL = 120  # seconds for which `hide` hides, unless a connection comes in through a door
+
+def cmd_hide(options):
+    """Hide all ports of this server but those named, as root. After two minutes the kernel opens
+    them again, unless somebody has come in by a knock until then. Examples:
+
+        sudo tariq.py hide 80 443/tcp 443/udp
+        sudo tariq.py hide --undo"""
+    need_root()
+    config = Config(options.config, root=True)
+    config.require("server")
+    firewall = Iptables(config)
+    if "open_command" in config.values["server"]:
+        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    if options.undo:
+        return unhide(config, firewall)
+    ports = [port_of(word) for word in options.ports]
+    if firewall.public_ports is not None:
+        raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
+                           f"public_ports in {config.path}, or begin anew after hide --undo.")
+    if take_lock(firewall.chain):
+        raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
+    if not take_lock(firewall.hiding_chain):
+        raise Fault(SYSTEM, "hide runs already, in another terminal.")
+    firewall.public_ports = ports
+    hidden = [port for port in listening_ports() if port not in ports]
+    log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
+        f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
+    kept, fewest = False, packets_in(firewall)
+    try:
+        limit = time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL))
+        hide(firewall, limit)
+        log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
+            "(O 22), then connect (ssh).")
+        end = monotonic() + TRIAL
+        while monotonic() < end and not kept:
+            time.sleep(1)
+            packets = packets_in(firewall)
+            kept, fewest = packets > fewest, min(packets, fewest)  # fewer: a door was closed
+        if kept:
+            set_public_ports(config.path, ports)
+            hide(firewall)
+    finally:
+        if not kept:
+            unhide(config, firewall)
+    if not kept:
+        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
+                               "sudo tariq.py check says what is wrong.")
+    log("A connection came in through a door: hidden for good, also after a reboot. "
+        "sudo tariq.py hide --undo ends it.")
+
+def hide(firewall, limit=""):
+    for family in IPTABLES:
+        try:
+            rules = firewall.rules(family, "INPUT")
+            firewall.transact(family, firewall.hiding_lines(family, rules, limit))
+        except Fault as fault:
+            if family == 4 or os.path.exists("/proc/net/if_inet6"):
+                raise Fault(SYSTEM, f"Nothing is hidden: {fault} (Where the kernel has no xt_time, "
+                                    "hide cannot end by itself, and does nothing.)")
+            log("This kernel has no IPv6: nothing to hide there.")
+
+def unhide(config, firewall):
+    """Take jump, chain and key out; what is not there is no fault."""
+    if "public_ports" in config.values["server"]:
+        set_public_ports(config.path, None)
+    for family in IPTABLES:
+        with suppress(Fault):
+            lines = firewall.unhiding_lines(firewall.rules(family, "INPUT"))
+            if firewall.rules(family, firewall.hiding_chain):
+                lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+            firewall.transact(family, lines)
+
+def listening_ports():
+    """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
+    ports = {}
+    for line in query("ss", "-Hlntu")[1].splitlines():
+        protocol, _, _, _, local, *_ = line.split()
+        address, _, port = local.rpartition(":")
+        if not address.startswith(("127.", "[::1]")) and "%lo" not in address:
+            ports[f"{port}/{protocol}"] = None
+    return sorted(ports, key=lambda port: int(port.partition("/")[0]))
+
+def packets_in(firewall):
+    """How many packets that begin a connection have come in through the doors."""
+    rules = [rule for family in IPTABLES for rule in firewall.rules(family, firewall.chain, "-v")]
+    return sum(int(re.search(r" -c (\d+)", rule)[1]) for rule in rules if "NEW" in rule)
+
+def take_lock(name):
+    """Hold a lock of this network namespace, as each has its own chains, until this process ends,
+    however it does. -> False where another one has it."""
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    lock = os.open(f"/run/tariq-{name}-{namespace}.lock", os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+# ---- monitor: requests in, policy, doors and commands --------------------------------------------
+# What ends what           doors                         commands, listener     what is hidden
+#   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
+#   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
+#   the listener's death   closed: exit 70, `stop`       the same               stays
+#   a reboot               gone                          gone                   again at the start
+# A full disk ends nothing: nothing is written for a knock; log lines may be lost.
+COMMANDS_MAX = 16  # at once
+DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
+
+def forbidden(patterns, command):
+    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself.
+    E: one pattern fits word by word, where * is any word; as the last one any number, or none."""
+    action, *words = command
+    allowed = [pattern[1:] for pattern in patterns if pattern[0] == action]
+    if action != "E":
+        ports = {port for pattern in allowed for port in pattern}
+        return next((f"{action} {port}" for port in words if not ports & {port, "*"}), "")
+    for pattern in allowed:
         if pattern[-1] == "*":
-            pattern = pattern[:-1] + ["*"] * (len(command) - len(pattern) + 1)
-        if len(pattern) == len(command) \
-                and all(want in ("*", word) for want, word in zip(pattern, command)):
-            return True
-    return False
+            pattern = pattern[:-1] + ["*"] * (len(words) - len(pattern) + 1)
+        if len(pattern) == len(words) \
+                and all(want in ("*", word) for want, word in zip(pattern, words)):
+            return ""
+    return shlex.join(command)
 
 class Monitor:
     """Policy, doors and commands, and the listener's parent."""
 
-    def __init__(self, config):
-        self.path = config.path
-        self.doors = {}  # (address, port): its end, the words that close it, whose it is
-        self.families, self.words = FAMILIES, {}  # protocol: words that open, words that close
-        self.chain = config.get("iptables_chain", default="tariq")
-        for protocol in ("tcp", "udp"):
-            rule = config.get(f"open_{protocol}_port", default=RULE)[2:]  # without its -A chain
-            self.words[protocol] = [["{iptables}", "-w", "5", action, self.chain, *rule]
-                                    for action in ("-A", "-D")]  # {iptables}: by `door_words`
-        if opening := config.get("open_command", default=[]):
-            self.families = ()  # none: no chain and no iptables of ours
-            self.words = dict.fromkeys(self.words, [opening, config.get("close_command")])
-        ports = config.get("secret_ports")
-        self.settings = {"ports": ports, "key": shared_key(config.get("secret"), ports).hex(),
-                         "home": config.get("server_gpg_dir"), "own": config.get("server_key"),
-                         "patience": config.get("command_timeout", default=30)}
+    def __init__(self, config, notify_socket):
+        self.config = config  # the last whole one; read afresh by `policy`
+        self.config_stamp = config.stamp
+        self.notify_socket = notify_socket  # systemd's, or ""
+        self.doors = {}  # Door.key: Door
+        self.command_slots = threading.Semaphore(COMMANDS_MAX)
+        firewall = Commands if "open_command" in config.values["server"] else Iptables
+        self.firewall = firewall(config)
+        self.ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
+        self.patience = config.get("command_timeout", default=30)
+        self.settings = {  # the listener's. Like firewall and patience they last until a restart
+            "ports": self.ports, "key": shared_key(config.get("secret"), self.ports).hex(),
+            "home": self.home, "own_key": config.get("server_key"), "patience": self.patience}
 
-    def link_chain(self, program):
-        """Let INPUT lead to the chain: at start, and where a flush or a reload took that away."""
-        if run(*program, "-C", "INPUT", "-j", self.chain, most=ANY)[0]:
-            run(*program, "-N", self.chain, most=ANY)  # it may be there
-            run(*program, "-I", "INPUT", "-j", self.chain)  # first: before what drops
-
-    def door_words(self, ip, port, user="", seconds=0, until=0):
-        """The words that open a door, and those that close it."""
-        number, protocol = port.split("/")
-        until = time.gmtime(min(FOREVER, until))
-        fields = {"ip": ip, "dport": number, "protocol": protocol, "user": user,
-                  "until": time.strftime("%Y-%m-%dT%H:%M:%S", until),
-                  "seconds": str(min(seconds, 99_999_999)),  # nft takes no more
-                  "version": "6" if ":" in ip else "4", "iptables": FAMILIES[":" in ip][0][0]}
-        return [[re.sub(r"\{(\w+)\}", lambda it: fields.get(it[1], it[0]), word) for word in words]
-                for words in self.words[protocol]]
-
-    def prepare(self):
-        """Link the chain, try the rules in it, empty it; warn where INPUT does not drop."""
-        for program, ip in self.families:
-            self.link_chain(program)
-            for port in ("9/tcp", "9/udp"):  # twice each: a lock that is held is no refusal
-                if all(run(*self.door_words(ip, port)[0], most=ANY)[0] for _ in range(2)):
-                    log(f"{program[0]} refuses the rule (no xt_time?): all without -m time")
-                    for words in self.words["tcp"] + self.words["udp"]:
-                        if words[-6:-2] == RULE[-6:-2]:
-                            del words[-6:-2]  # -m time --datestop {until}
-                    run(*self.door_words(ip, port)[0])
-            run(*program, "-F", self.chain)
-            rules = run(*program, "-S", "INPUT")[1].splitlines()
-            if "-P INPUT DROP" not in rules and rules[-1] != "-A INPUT -j DROP":
-                log(f"{program[0]}: INPUT does not drop: nothing is hidden: see README, step 3")
-        if not all(re.search("{(until|seconds)}", str(words[0])) for words in self.words.values()):
-            log("this server ends doors, not the kernel: kill -9 leaves them open")
-
-    def close(self, ip, port, user=""):
-        """Close a door, known or (by close_command) of an earlier server. On a Fault it stays in
-        self.doors. No Fault: the rule is gone (1), or a close_command ran to its end (123 at most:
-        timeout(1)) and failed, as nft's does once the element has expired."""
-        _, closing, *_ = self.doors.get((ip, port)) or self.door_words(ip, port, user)
-        status, text = run(*closing, most=1 if self.families else 123)
-        if status:
-            log(f"{closing[0]}: {text.strip()[:300]} ({status})")
-        self.doors.pop((ip, port), None)
-
-    def stop(self):
-        """At the end, whatever it is: no door. By pdeathsig, listener and commands end too."""
-        flushing = [(*program, "-F", self.chain) for program, _ in self.families]
-        for words in flushing or [closing for _, closing, _ in self.doors.values()]:
+    def policy(self):
+        """The config as it is now, parsed once a change of its file. One that is broken, or has a
+        fault in [server], changes nothing: the last whole one holds, and the log says so once."""
+        stamp = None
+        with suppress(OSError):
+            stamp = stamp_of(os.stat(self.config.path))
+        if stamp != self.config_stamp:
+            self.config_stamp = stamp
             try:
-                run(*words)
-            except Exception as error:  # whatever it is, the others follow
-                log(f"{explained(error)[1]}: doors may be open: {shlex.join(words)}")
+                config = Config(self.config.path, root=True)
+                config.require("server")
+                self.config = config
+                self.firewall.public_ports = config.values["server"].get("public_ports")
+                for line in config.all_faults():
+                    log(line)
+            except (Fault, OSError) as error:
+                log(f"{as_fault(error)} The config from before this change holds.")
+        return self.config
 
     def handle(self, data):
         """One message. The listener's word counts for who signed, where; not for what they may."""
         try:
             message = json.loads(data)
-            if isinstance(message, str):
-                return log(f"listener: {message[:1000]}")
-            knock_id, signer, command, sender = message
-            knock_id, ip = bytes.fromhex(knock_id), str(ipaddress.ip_address(bytes.fromhex(sender)))
-            user, command = parse("key", signer), command_of(command)  # by fingerprint; named below
+            if "log" in message:
+                return log(f"listener: {self.named(message['log'][:1000])}")
+            if "ready" in message:
+                return self.ready()
+            knock_id, signer, command, sender = message["request"]
+            knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
+            ip, command = str(ipaddress.ip_address(bytes.fromhex(sender))), command_of(command)
         except Exception:  # whatever it is
             return log("a malformed message: the listener may be taken over: stop it, look")
-        event = f"{ip} {shlex.join(command)}"
+        config = self.policy()
+        section = config.clients.get(signer, "")
+        user = section.removeprefix("allow ") or signer
+        event = f"{user} {ip} {shlex.join(command)}"
         try:
-            config = Config(self.path, root=True)  # afresh: an edit of [allow] holds from now on
-            section = config.clients().get(user, "")  # "", no section: may nothing
-            user = section.removeprefix("allow ") or user
-            if not permitted(config.get("may", [section], []), command):
-                raise Fault(REFUSED, f"refused: the server's config does not allow it to {user}")
+            if section in config.faults:
+                raise Fault(CONFIG, "the server's config is faulty where it is about you: its log "
+                                    "says where.")
+            if part := forbidden(config.get("may", [section], []), command):
+                raise Fault(REFUSED, f"refused: you may not {part} here.")
             if command[0] == "E":
-                return self.execute(knock_id, f"{user} {event}", command[1:])
-            seconds = config.get("open_timeout", [section, "server"], 3600) or FOREVER
-            status, text = 0, self.move_doors(command, ip, user, seconds)
+                self.execute(knock_id, event, command[1:])
+            else:
+                seconds = config.get("open_timeout", [section, "server"], 3600)
+                text = self.move_doors(command, ip, user, seconds)
+                self.finish(knock_id, event, True, 0, text)
         except Exception as error:  # whatever becomes of one request, doors are watched
-            status, text = explained(error)
-        self.finish(knock_id, f"{user} {event}: {text}", not status, status, text.encode())
+            fault = as_fault(error)
+            self.finish(knock_id, event, False, fault.code, str(fault))
+        self.look_after_firewall()
+
+    def named(self, text):
+        """Text with clients' names in the place of their fingerprints."""
+        def name(match):
+            return self.config.clients.get(match[0], match[0]).removeprefix("allow ")
+        return re.sub(r"\b[0-9A-F]{40}\b", name, text)
+
+    def ready(self):
+        log(f"listening for knocks on {len(self.ports)} ports")
+        if self.notify_socket:  # sd_notify(3); @: an abstract address
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
+                sock.sendto(b"READY=1", re.sub("^@", "\0", self.notify_socket))
 
     def move_doors(self, command, ip, user, seconds):
         """O or C -> what was done, in words. Raises Fault."""
         action, *ports = command
-        until = time.time() + seconds  # of the wall clock; self.doors has the monotonic one's
-        if action == "O" and self.families:
-            self.link_chain(FAMILIES[":" in ip][0])
-        for port in ports:
-            if action == "C" or (ip, port) in self.doors:  # opened again, it has a new end
-                self.close(ip, port, user)
-            if action == "O":
-                his = [door for door, (_, _, owner) in self.doors.items() if owner == user]
-                if len(his) >= DOORS_MAX:
-                    self.close(*his[0])  # the oldest
-                opening, closing = self.door_words(ip, port, user, seconds, until)
-                self.doors[ip, port] = monotonic() + seconds, closing, user  # may open, then fail
-                run(*opening)
-        names = re.sub(r"(\d+)/(\w+)", r"\2/\1", ", ".join(ports))
+        doors = [Door(ip, port, user, seconds, self.firewall.template(port.split("/")[1]))
+                 for port in ports]
         if action == "C":
-            return f"closed {names} for {ip}"
-        stamp = time.strftime("%Y-%m-%d " * (seconds >= 86400) + "%H:%M:%SZ", time.gmtime(until))
-        return f"opened {names} for {ip} until {'closed' if seconds == FOREVER else stamp}"
+            return "; ".join(self.close_for(door) for door in doors)
+        doubts = [self.open(door) for door in doors]
+        names, last = ", ".join(map(str, doors)), self.doors[doors[-1].key]
+        doubt = f", but {doubts[-1]}" if doubts[-1] else ""
+        return f"opened {names} for {last.source} until {last.end()}{doubt}"
+
+    def open(self, door):
+        known = self.doors.get(door.key)
+        if known and known.user != door.user and known.until > door.until:
+            return ""  # who shares an address shares its doors: this one stays open longer
+        if known:
+            self.close(known)  # opened again, it has a new end
+        owned = [other for other in self.doors.values() if other.user == door.user]
+        if len(owned) >= DOORS_MAX:
+            self.close(owned[0])  # the oldest
+        self.doors[door.key] = door  # first: it may open, then fail
+        return self.firewall.open(door)
+
+    def close_for(self, door):
+        """C, for one port -> what is so then. Raises Fault where a door of its client's stays."""
+        known = self.doors.get(door.key)
+        if known and known.user != door.user:
+            raise Fault(REFUSED, f"{known} is open for {known.source} until {known.end()}, by "
+                                 "another client, who alone closes it.")
+        if self.close(known or door):
+            return f"closed {door} for {door.source}"
+        for other in self.doors.values():
+            if (other.user, other.port) == (door.user, door.port):
+                raise Fault(REFUSED, f"{door} is open for {other.source} until {other.end()}, and "
+                                     f"you came from {door.ip}.")
+        return f"{door} was shut already for {door.source}"
+
+    def close(self, door):
+        """Close a door, known or of an earlier server. On a Fault it stays in self.doors."""
+        was_open = self.firewall.close(door)
+        self.doors.pop(door.key, None)
+        return was_open
+
+    def close_ended(self):
+        for door in list(self.doors.values()):
+            try:
+                if door.deadline and door.deadline <= monotonic():
+                    self.close(door)
+            except Exception as error:
+                log(f"{door} for {door.source} is not closed: {as_fault(error)} Trying again.")
+                door.deadline = monotonic() + 1
+
+    def look_after_firewall(self):
+        """Put back what a flush took, in both families, once the client has its answer."""
+        for family in IPTABLES:
+            with suppress(Fault):  # the next door says it
+                self.firewall.put_back(family)
+
+    def stop(self):
+        """At the end, whatever it is: no door. By pdeathsig, listener and commands end, too."""
+        for words in self.firewall.close_all(list(self.doors.values())):
+            try:
+                run(*words)
+            except Exception as error:  # whatever it is, the others follow
+                log(f"{as_fault(error)} Doors may be open: {shlex.join(words)}")
 
     def execute(self, knock_id, event, words):
         """Start a permitted command, which ends with this server (but in a session of its own)."""
-        if threading.active_count() > COMMANDS_MAX:  # one a command, and the main one
-            raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run: knock again")
-        process = launch(words, self.settings["patience"], "setpriv --pdeathsig TERM".split())
-        def wait():
-            status, output = finished(process)
-            self.finish(knock_id, f"{event}: exit status {status}", True, status, output)
-        threading.Thread(target=wait, daemon=True).start()
+        if not self.command_slots.acquire(blocking=False):
+            raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run now: knock again.")
+        log(f"+ {shlex.join(words)}")
+        try:
+            process = launch(words, self.patience, ["setpriv", "--pdeathsig", "TERM"])
+        except OSError:
+            self.command_slots.release()
+            raise
+        threading.Thread(target=self.await_command, args=(process, knock_id, event),
+                         daemon=True).start()
+
+    def await_command(self, process, knock_id, event):
+        status, output = finished(process)
+        self.command_slots.release()
+        log(f"{event}: exit status {status}")
+        self.give(knock_id, True, status, output)
 
     def finish(self, knock_id, event, done, status, text):
         """Log one event (who, from where, what, verdict), and give the listener the result."""
-        log(event)
+        log(f"{event}: {text}")
+        self.give(knock_id, done, status, text.encode())
+
+    def give(self, knock_id, done, status, text):
         with suppress(OSError):  # a listener that does not read must not stop the monitor
-            self.channel.send(knock_id + bytes([done, status]) + text[:TEXT_MAX],
-                              socket.MSG_DONTWAIT)
+            self.channel.send(knock_id + result_of(done, status, text), socket.MSG_DONTWAIT)
 
     def start_listener(self):
         """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
-        listing = FRAMES_ONLY
-        for port in self.settings["ports"]:
-            listing += f"15 0 1 {port:x}\n06 0 0 {MOST:x}\n"  # is it this one? All of the packet
-        steps = [[int(word, 16) for word in line.split()[:4]]
-                 for line in f"{listing}06 0 0 0".splitlines()]
-        code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-        program = struct.pack("HP", len(steps), ctypes.addressof(code))
-        packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # of no protocol yet
-        for option, value in ((26, program), (44, 1), (33, RECEIVE_BUFFER)):
-            packets.setsockopt(socket.SOL_SOCKET, option, value)  # ATTACH, LOCK_FILTER, RCVBUFFORCE
-        every = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(3), 0)  # ETH_P_ALL; 0: all
-        ctypes.CDLL(None).bind(packets.fileno(), every, len(every))  # packets come, filtered
+        packets = packet_socket(self.ports)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
         descriptors = packets.fileno(), theirs.fileno()
         with packets, theirs, open(__file__, "rb") as source:
-            Popen([*as_owner(self.settings["home"]), sys.executable, "-I", "-", "listener",
+            Popen([*as_owner(self.home), sys.executable, "-I", "-", "listener",
                    *map(str, descriptors)], stdin=source, stdout=DEVNULL, stderr=DEVNULL, cwd="/",
                   env={"HOME": "/"}, pass_fds=descriptors, start_new_session=True)
 
     def serve(self, signals):
         """Until a signal ends it. It sleeps until there is a message, a signal, or a door's end."""
         while True:
-            end = min((end for end, *_ in self.doors.values()), default=FOREVER)
-            ready = select.select([self.channel, signals], [], [], max(0, end - monotonic()))[0]
+            ends = [door.deadline for door in self.doors.values() if door.deadline]
+            wait = max(0, min(ends) - monotonic()) if ends else None
+            ready = select.select([self.channel, signals], [], [], wait)[0]
             if signals in ready:
                 return
-            for door, (end, *rest) in list(self.doors.items()):
-                try:
-                    if end <= monotonic():
-                        self.close(*door)
-                except Exception as error:
-                    log(f"{' '.join(door)} is not closed: {explained(error)[1]}: trying again")
-                    self.doors[door] = monotonic() + 1, *rest
+            self.close_ended()
             if self.channel in ready:
                 message = b""
                 with suppress(ConnectionError):
                     message = self.channel.recv(MESSAGE_MAX)
                 if not message:
-                    raise Fault(DIED, "the listener died, doors closed: its last line says why, "
-                                      "else setpriv needs CAP_SETUID, CAP_SETGID, CAP_SETPCAP")
+                    raise Fault(DIED, "The listener died, and the doors are closed. Its last line "
+                                      "in the log says why; if there is none, setpriv failed.")
                 self.handle(message)
 
-def need_root():
-    if os.geteuid():
-        raise Fault(SYSTEM, "this needs root: sudo")
-    os.environ.clear()  # no program that root starts gets the caller's environment
-    os.environ["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# The kernel's filter on the packet socket (classic BPF, linux/filter.h): it spares the listener
+# the machine's other traffic; `gate` trusts nothing of it. Each line: a label, an operation, its
+# number, and for a comparison the labels to go to if it holds and if not ("": the next line).
+LOAD_WORD, LOAD_HALF_AT_X, LOAD_BYTE, LOAD_LENGTH = 0x20, 0x48, 0x30, 0x80
+SET_X, SET_X_TO_IPV4_LENGTH, AND, RETURN = 0x01, 0xB1, 0x54, 0x06
+EQUAL, GREATER, AT_LEAST = 0x15, 0x25, 0x35
+PACKET_TYPE, VLAN_TAG = 0xFFFFF004, 0xFFFFF02C  # offsets: not in the packet, of it
+PACKET_HOST = 0  # sent to this machine's link address, so not by it
+
+def filter_lines(ports):
+    """What may be a frame passes, whole."""
+    return [
+        ("", LOAD_WORD, PACKET_TYPE, "", ""),
+        ("", EQUAL, PACKET_HOST, "", "drop"),
+        ("", LOAD_WORD, VLAN_TAG, "", ""),
+        ("", AND, 0xFFF, "", ""),
+        ("", EQUAL, 0, "", "drop"),  # else the VLAN's own interface delivers it again
+        ("", LOAD_LENGTH, 0, "", ""),
+        ("", GREATER, MOST, "drop", ""),
+        ("", AT_LEAST, LEAST, "", "drop"),
+        ("", SET_X, 40, "", ""),  # IPv6's header
+        ("", LOAD_BYTE, 0, "", ""),  # IP's version
+        ("", AT_LEAST, 0x60, "port", ""),
+        ("", SET_X_TO_IPV4_LENGTH, 0, "", ""),
+        ("port", LOAD_HALF_AT_X, 2, "", ""),  # the destination port, behind the IP header
+        *(("", EQUAL, port, "pass", "") for port in ports),
+        ("drop", RETURN, 0, "", ""),
+        ("pass", RETURN, MOST, "", ""),
+    ]
+
+SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/socket.h
+
+def packet_socket(ports):
+    """A socket that gets frames only, of all interfaces; root's filter on it is locked."""
+    import ctypes
+    packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # gets none until it is bound
+    lines = filter_lines(ports)
+    labels = {label: number for number, (label, *_) in enumerate(lines) if label}
+    code = b""
+    for number, (_, operation, value, yes, no) in enumerate(lines):
+        jumps = [labels[label] - number - 1 if label else 0 for label in (yes, no)]
+        code += struct.pack("HBBI", operation, *jumps, value)
+    memory = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(lines), ctypes.addressof(memory))
+    packets.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    packets.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    try:
+        packets.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+    except PermissionError:  # in a container
+        packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        log("The receive buffer is as small as this container has it: a flood may drown knocks.")
+    # socket.bind cannot: it wants an interface, and 0 is all of them. struct sockaddr_ll(packet(7))
+    address = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(ETH_P_ALL), 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.bind(packets.fileno(), address, len(address)):
+        raise OSError(ctypes.get_errno(), "the packet socket cannot be bound")
+    return packets
 
 def cmd_server(options):
-    """Serve until SIGTERM, SIGINT or SIGHUP; iptables has no door before or after."""
+    """Listen for knocks, as root: this is what the service runs. SIGTERM ends it and closes every
+    door. Example:
+
+        sudo tariq.py server"""
+    notify_socket = os.environ.get("NOTIFY_SOCKET", "")
     need_root()
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
-    monitor = Monitor(Config(options.config, root=True))
-    namespace = os.stat("/proc/self/ns/net").st_ino  # a chain belongs to a network namespace
-    lock = os.open(f"/run/tariq-{monitor.chain}-{namespace}.lock", os.O_CREAT, 0o600)
+    config = Config(options.config, root=True)
+    for line in config.all_faults():
+        log(line)
+    config.require("server")
+    monitor = Monitor(config, notify_socket)
+    if not take_lock(monitor.firewall.chain):
+        raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-    except BlockingIOError:
-        raise Fault(SYSTEM, f"a server with chain {monitor.chain} runs already: stop it first")
-    try:
-        monitor.prepare()
+        monitor.firewall.prepare()
         monitor.start_listener()
         monitor.serve(signals)
     finally:
         monitor.stop()
 
-# ---- set-up: once, by hand; init, enroll as root, keygen, join as the user; gpg as keyrings' owner
-PROFILE = "secret_ports", "secret", "server_key"  # of a server's config, which its clients need
+# ---- set-up: once, by hand; init, check, enroll as root, keygen, join as the user ----------------
+PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
+PROGRAM = "/usr/local/bin/tariq.py"
+UNIT_PATH = "/etc/systemd/system/tariq.service"
+# The capabilities: the packet socket; iptables, the receive buffer; for setpriv to become the
+# keyring's owner; to end listener and commands. Before the network is up the machine is hidden,
+# after the firewalls that flush at their start. No default dependencies, as firewalls have none:
+# sysinit.target comes after the network on some clouds' machines.
+UNIT = f"""\
+[Unit]
+Description=Tariq, hidden services behind a knock
+DefaultDependencies=no
+After=local-fs.target systemd-tmpfiles-setup.service
+After=netfilter-persistent.service nftables.service ufw.service firewalld.service
+Wants=network-pre.target
+Before=network-pre.target shutdown.target
+Conflicts=shutdown.target
+[Service]
+Type=notify
+ExecStart={PROGRAM} server
+ExecStopPost=-/usr/sbin/iptables -w 5 -F tariq
+ExecStopPost=-/usr/sbin/ip6tables -w 5 -F tariq
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=64 69 78
+KillMode=mixed
+TasksMax=1024
+OOMScoreAdjust=-900
+UMask=0077
+CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths=/etc/tariq/.server-gpg /run
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectProc=invisible
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@resources
+[Install]
+WantedBy=multi-user.target
+"""
 
 def locked_directory(path):
     """Make a config's directory, lock it until this process ends, set the umask, return it."""
@@ -928,99 +1835,187 @@ def locked_directory(path):
     fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX)
     return directory
 
-def write_private(path, text):
-    """Write a config, whole or not at all: the server may read it at any moment."""
+def write_file(path, text, mode=0o600):
+    """Write a file, whole or not at all: the server may read it at any moment."""
     with open(f"{path}.new", "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), mode)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
     log(f"wrote {path}")
 
+def set_public_ports(path, ports):
+    """Set public_ports in a server's config, or take it out (None); all else stays as it is."""
+    locked_directory(path)
+    text = re.sub(r"(?m)^public_ports *=.*\n", "", Config(path, root=True).text)
+    if ports is not None:
+        line = f"public_ports = {', '.join(ports) or 'none'}\n"
+        text = re.sub(r"(?m)^\[server\].*\n", lambda header: header[0] + line, text, count=1)
+    write_file(path, text)
+
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
-    _, words = gpg(home, "--yes", "--pinentry-mode", "loopback", "--passphrase", "",
-                   "--quick-generate-key", user, "future-default", "default", "never")
-    return re.search(r"KEY_CREATED \S+ (\w{40})", words)[1]
+    _, status, _ = gpg(home, "--yes", "--pinentry-mode", "loopback", "--passphrase", "",
+                       "--quick-generate-key", user, "future-default", "default", "never")
+    return re.search(r"KEY_CREATED \S+ (\w{40})", status)[1]
 
-def show_key(home, text):
-    """(fingerprint, user id) of the one public key in a text; nothing is imported. Raises Fault."""
-    listing = b""
-    with suppress(Fault):  # gpg's words on what is no key say less
-        listing, _ = gpg(home, *SILENT, "--with-colons", "--show-keys", data=text, seconds=9)
-    listing = listing.decode(errors="replace")
-    keys = re.findall(r"(?m)^(pub|sec):.*\nfpr:+(\w{40})", listing)  # GnuPG doc/DETAILS
-    users = re.findall(r"(?m)^uid:(?:[^:]*:){8}([^:]*)", listing)
-    if [kind for kind, _ in keys] != ["pub"] or not users:
-        raise Fault(BAD_DATA, "needs one public key on stdin, which tariq.py keygen prints")
-    return keys[0][1], users[0]
+def install():
+    """This program and its service; each written only where it is another one. -> whether systemd
+    runs here."""
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
+    systemd = os.path.isdir("/run/systemd/system")
+    files = [(PROGRAM, source, 0o755), *([(UNIT_PATH, UNIT, 0o644)] if systemd else [])]
+    for path, text, mode in files:
+        with suppress(OSError), open(path, encoding="utf-8") as file:
+            if file.read() == text:
+                continue
+        write_file(path, text, mode)
+    return systemd
 
 def cmd_init(options):
-    """Make a server's user, keyring, key and config. A config that is there stays as it is."""
+    """Set up a server, as root: user, keyring, key, config and service. Run again with a newer
+    tariq.py it is the upgrade; keys and config stay. Example:
+
+        sudo ./tariq.py init"""
     need_root()
-    home = locked_directory(options.config) + "/.server-gpg"
-    if os.path.exists(options.config):
-        return log(f"{options.config} is there already: nothing changed")
-    if run("id", "tariq", most=ANY)[0]:
+    import importlib.util, pwd, shutil
+    needed = {PACKAGES[name] for name in PACKAGES if not shutil.which(name)
+              and not (name in ("scapy", "PIL") and importlib.util.find_spec(name))}
+    if needed:
+        raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
+                             f"--no-install-recommends {' '.join(sorted(needed))}")
+    directory = locked_directory(options.config)
+    home = f"{directory}/.server-gpg"
+    if query("id", "tariq")[0]:
         run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
     owner = pwd.getpwnam("tariq")
     if not 0 < owner.pw_uid < 1000:
-        raise Fault(SYSTEM, "the account tariq is a person's: see README, By hand, for another")
-    os.makedirs(home, exist_ok=True)
-    os.chown(home, owner.pw_uid, owner.pw_gid)
-    key = make_key(home, f"tariq@{socket.gethostname()}")
-    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside the service
-    ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
-    secret = base64.b64encode(os.urandom(32)).decode()
-    write_private(options.config,
-                  f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
-                  f"server_gpg_dir = {home}\nserver_key = {key}\n")
+        raise Fault(SYSTEM, "The account tariq is a person's: see README, By hand, for another.")
+    if not os.path.exists(options.config):
+        os.makedirs(home, exist_ok=True)
+        os.chown(home, owner.pw_uid, owner.pw_gid)
+        known = list_keys(home, "--list-secret-keys")
+        key = known[0]["fpr"] if known else make_key(home, f"tariq@{socket.gethostname()}")
+        run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
+        ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
+        secret = base64.b64encode(os.urandom(32)).decode()
+        write_file(options.config,
+                   f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
+                   f"server_gpg_dir = {home}\nserver_key = {key}\n")
+    if options.config != ROOT_CONFIG:
+        return log(f"Run: tariq.py server -c {options.config}")  # another one's set-up, by hand
+    Config(options.config, root=True).require("server")
+    if install():
+        run("systemctl", "daemon-reload", seconds=60)
+        run("systemctl", "enable", "tariq", seconds=60)
+        run("systemctl", "restart", "tariq", seconds=60)
+        log("The server runs, and nothing is hidden yet.")
+    else:
+        log(f"There is no systemd here: let {PROGRAM} server run as root, also after a reboot.")
+    log(f"Next, on a client: tariq.py keygen YOU@LAPTOP | ssh root@{socket.gethostname()} tariq.py "
+        f'enroll --allow "O 22" | tariq.py join {socket.gethostname()}')
+
+def cmd_check(options):
+    """Say what is wrong with a server's config, keys and firewall, as root. It changes nothing:
+    run it before a restart. Example:
+
+        sudo tariq.py check"""
+    need_root()
+    config = Config(options.config, root=True)
+    faults = config.all_faults()
+    if home := config.get("server_gpg_dir", default=None):
+        keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
+                for key in list_keys(home, option)}  # one that is secret comes last
+        wanted = {config.get("server_key", default=""): "server", **config.clients}
+        for fingerprint, section in wanted.items():
+            key = keys.get(fingerprint)
+            if section == "server" and key and key["kind"] != "sec":
+                key = None
+            if trouble := trouble_with(key):
+                faults.append(f"The key of [{section}] {trouble} {home}.")
+            else:
+                log(f"The key of [{section}] is good {end_of(key)}.")
+    if "open_command" not in config.values.get("server", {}):
+        firewall = Iptables(config)
+        for family, program in IPTABLES.items():
+            doubts = firewall.doubts(firewall.rules(family, "INPUT"))
+            log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+    for line in faults:
+        log(f"FAULT: {line}")
+    return CONFIG if faults else 0
+
+def show_key(home, text):
+    """The key in a text, which is to hold one public key; nothing is imported. Raises Fault."""
+    keys = list_keys(home, "--show-keys", data=text)
+    if [key["kind"] for key in keys] != ["pub"] or "uid" not in keys[0]:
+        raise Fault(BAD_DATA, "One public key has to come on standard input, which tariq.py keygen "
+                              "prints. Did keygen fail?")
+    if (ahead := keys[0]["created"] - time.time()) > CLOCK_SKEW:
+        raise Fault(BAD_DATA, f"The key is of {ahead:.0f} s from now: set the clocks of both "
+                              "machines, and make it anew.")
+    return keys[0]
 
 def cmd_keygen(options):
-    """Make a client's config, keyring and key where missing; print the public key."""
+    """Make a client's keyring and key, where there is none. It prints the public key, which enroll
+    on the server reads. Example:
+
+        tariq.py keygen me@laptop > me.key"""
     directory, path = locked_directory(options.config), options.config
     if not os.path.exists(path):
-        write_private(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
+        write_file(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
     home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"]))
     os.makedirs(home, exist_ok=True)
-    try:
-        listing, _ = gpg(home, "--with-colons", "--list-secret-keys", exactly(options.user))
-        key = re.search(rb"(?m)^fpr:+(\w{40})", listing)[1].decode()
-    except Fault:  # there is none, or gpg fails: then again
-        key = make_key(home, options.user)
+    known = find_key(home, "--list-secret-keys", exactly(options.user))
+    key = known["fpr"] if known else make_key(home, options.user)
     log(f"the key of {options.user} is {key} (knocks use that of `user` in {path})")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
-    """Allow the client whose public key is on stdin; print the profile that `join` reads."""
+    """Allow a client on this server, as root: its public key comes on standard input. It prints
+    the profile that join on the client reads. Example:
+
+        sudo tariq.py enroll --allow "O 22" --allow "C 22" < me.key > me.profile"""
     need_root()
     allow = "\n".join(" ".join(words) for words in options.allow or [["O 22"]])  # by ssh, words
     lines = [shlex.join(words) for words in patterns_of(allow)]
     if "#" in allow:
-        raise Fault(USAGE, "--allow needs words without #: in a config that begins a comment")
+        raise Fault(USAGE, "--allow cannot have a #, which begins a comment in the config.")
     text = sys.stdin.buffer.read(INPUT_MAX)  # before the lock: keygen at its other end may hold it
     locked_directory(options.config)
     config = Config(options.config, root=True)
+    config.require("server")
     home = config.get("server_gpg_dir")
     as_owner(home)  # raises Fault where it is root's
-    profile = {item: config.get(item) and config.ini["server"][item] for item in PROFILE}  # as text
-    (key, user), clients = show_key(home, text), config.clients()
-    name = options.name or re.sub(r".*<(.+)>$", r"\1", user)
-    if key in clients:
-        log(f"{config.path}: {key} is in [{clients[key]}] already: nothing changed (edit its may)")
-    elif not re.fullmatch(r"(?a)\w[\w.@+-]*", name) or config.ini.has_section(f"allow {name}"):
-        raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: give --name")
+    profile = {item: config.ini["server"][item] for item in PROFILE}  # as text
+    key = show_key(home, text)
+    fingerprint, before = key["fpr"], find_key(home, "--list-keys", key["fpr"])
+    name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
+    section = config.clients.get(fingerprint)
+    if not section and (f"allow {name}" in config.values
+                        or not re.fullmatch(r"(?a)\w[\w.@+-]*", name)):
+        raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one with "
+                              "--name.")
+    gpg(home, "--import", data=text)
+    if section:
+        now = find_key(home, "--list-keys", fingerprint)
+        news = "nothing is new" if now == before else \
+            f"its key is updated, and {trouble_with(now) or 'good ' + end_of(now)}"
+        log(f"[{section}] is there already: {news}. What it may do stays as it is.")
     else:
-        gpg(home, "--import", data=text)
         may = "".join(f"\n    {line}" for line in lines)
-        section = f"[allow {name}]\nkey = {key}\nmay ={may}\n"
-        write_private(config.path, f"{config.text.rstrip()}\n\n{section}")
-        log(f"{name} ({key}) may {'; '.join(lines)}")
+        section = f"[allow {name}]\nkey = {fingerprint}\nmay ={may}\n"
+        write_file(config.path, f"{config.text.rstrip()}\n\n{section}")
+        log(f"{name} ({fingerprint}) may {'; '.join(lines)}")
     profile["public_key"] = gpg(home, "--armor", "--export", profile["server_key"])[0].decode()
     os.write(1, json.dumps(profile).encode() + b"\n")
 
 def cmd_join(options):
-    """Take the server's profile on stdin into the client's keyring and config."""
+    """Take a server's profile from standard input, which enroll there has printed. From then on
+    this client can knock there. Example:
+
+        tariq.py join box.example.com < me.profile"""
     parse("host", options.host)
     try:
         profile = json.loads(sys.stdin.buffer.read(INPUT_MAX))
@@ -1028,73 +2023,96 @@ def cmd_join(options):
         for name, value in given.items():
             parse(name, value)
     except Exception:  # whatever it is
-        raise Fault(BAD_DATA, "no profile on stdin, which tariq.py enroll prints: did that fail?")
+        raise Fault(BAD_DATA, "No profile came on standard input, which tariq.py enroll prints. "
+                              "Did enroll fail?")
     locked_directory(options.config)
     config = Config(options.config)
     home = config.get("client_gpg_dir", ["client"])
-    if show_key(home, key)[0] != given["server_key"].upper():
-        raise Fault(BAD_DATA, "the profile's key is not its server_key: enroll again")
-    if not config.ini.has_section(options.host):
+    if show_key(home, key)["fpr"] != given["server_key"].upper():
+        raise Fault(BAD_DATA, "The profile's key is not its server_key: enroll again.")
+    if options.host not in config.values:
         settings = "".join(f"{name} = {value}\n" for name, value in given.items())
-        write_private(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
+        write_file(config.path, f"{config.text.rstrip()}\n\n[{options.host}]\n{settings}")
     elif not given.items() <= config.ini[options.host].items():
-        raise Fault(BAD_DATA, f"{config.path}: [{options.host}] has other values: cut, then join")
+        raise Fault(BAD_DATA, f"{config.path} has other values in [{options.host}]: take that "
+                              "section out, then join again.")
     gpg(home, "--import", data=key)
-    log(f"{config.path}: [{options.host}] is known by its key {given['server_key']}")
+    log(f"{options.host} is known by its key {given['server_key']}. Next: tariq.py knock "
+        f"{options.host} O 22")
 
 # ---- command line --------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Fault(USAGE, f"{message} (tariq.py --help)")
+        raise Fault(USAGE, f"{message}. {self.prog} --help says how.")
 
 def command_line():
-    """The parser; each subcommand's function is its `function`."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXIT_CODES,
+    """The parser; each subcommand's function is its `function`, and its docstring is its help."""
+    parser = Parser(prog="tariq.py", description=__doc__.split("\n\n")[0], epilog=EXIT_CODES,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="store_true",
+                        help="print the version, and the SHA-256 of this very file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    def command(function, usual, text):
-        sub = commands.add_parser(function.__name__[4:], help=text)
-        sub.set_defaults(function=function)
-        sub.add_argument("-c", "--config", default=usual, type=os.path.realpath,
-                         help=f"default: {usual}")
-        return sub.add_argument
-
-    command(cmd_server, ROOT_CONFIG, "listen for knocks (root)")
-    command(cmd_init, ROOT_CONFIG, "server, once: config, system user, keyring, key (root)")
-    add = command(cmd_knock, CLIENT_CONFIG, "knock at a server: open or close ports, run a command")
-    add("-u", "--user", help="whose key signs")
-    add("-p", "--ports", help="the secret_ports")
-    add("-i", "--img-dir", help="PNG images to hide requests in")
-    add("-g", "--gpg-dir", help="keyring")
+    add = {}
+    for function, config in (
+            (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
+            (cmd_server, ROOT_CONFIG), (cmd_keygen, CLIENT_CONFIG), (cmd_enroll, ROOT_CONFIG),
+            (cmd_join, CLIENT_CONFIG), (cmd_knock, CLIENT_CONFIG)):
+        name, text = function.__name__[4:], function.__doc__
+        sub = commands.add_parser(name, help=text.partition(". ")[0], description=text,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(function=function, verbose=False)
+        sub.add_argument("-c", "--config", default=config, type=os.path.realpath,
+                         help=f"use this config, not {config}")
+        add[name] = sub.add_argument
+    add["hide"]("ports", nargs="*", metavar="PORT", help="stays public: 80, 443/tcp, 53/udp")
+    add["hide"]("--undo", action="store_true", help="hide nothing any more")
+    add["keygen"]("user", help="your email address, or a name like it: me@laptop")
+    add["enroll"]("--allow", action="append", nargs="+", metavar="WORD",
+                  help='what the client may do, as a request: "O 22" (the default), "E date"')
+    add["enroll"]("--name", help="what the log calls the client, if not by its key's email")
+    add["join"]("host", help="the server's name or address, as you will knock at it")
+    add = add["knock"]
+    add("-u", "--user", help="sign with the key of this user")
+    add("-p", "--ports", help="knock at these secret_ports",
+        type=lambda text: parse("secret_ports", text))
+    add("-i", "--img-dir", help="hide the request in a PNG image of this folder")
+    add("-g", "--gpg-dir", help="use this keyring")
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
-        add(flag, dest="family", action="store_const", const=family, default=0, help="no other IP")
-    add("-t", "--timeout", type=int, default=10, help="seconds to try (10)")
-    add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"], help="only this one")
-    add("-v", "--verbose", action="store_true", help="show each step")
-    add("host")
-    add("action", help="O PORT[/tcp|/udp]..., C PORT..., or E COMMAND [ARG...]")
-    add("words", nargs=argparse.REMAINDER)
-    add = command(cmd_keygen, CLIENT_CONFIG, "client: make keyring and key, print the public key")
-    add("user", help="an email address or the like: me@laptop")
-    add = command(cmd_enroll, ROOT_CONFIG, "server: public key on stdin, profile on stdout (root)")
-    add("--allow", action="append", nargs="+", help="what it may do, as in `may` (O 22)")
-    add("--name", help="what the log calls it (the key's email)")
-    command(cmd_join, CLIENT_CONFIG, "client: take the profile on stdin")("host")
+        add(flag, dest="family", action="store_const", const=family, default=0,
+            help=f"knock by IPv{flag[1]} only")
+    add("-t", "--timeout", type=float, default=10, help="give up after so many seconds (10)")
+    add("--address", help="the address that the server should see (behind NAT), or any",
+        type=lambda text: parse("address", text))
+    add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
+        help="send by this only; kernel and udp take turns otherwise")
+    add("-v", "--verbose", action="store_true", help="say each step, and what gpg said")
+    add("host", help="a server of the config")
+    add("action", choices=("O", "C", "E"), help="open ports, close them, or execute a command")
+    add("words", nargs=argparse.REMAINDER, metavar="...",
+        help="PORT[/tcp|/udp]... or COMMAND [ARG...]")
     return parser
 
 def main():
     os.umask(0o022)
+    verbose = False
     try:
         if sys.argv[1:2] == ["listener"]:  # not for people: `start_listener` runs it
             return cmd_listener(sys.argv[2:])
+        if sys.argv[1:] == ["--version"]:
+            with open(__file__, "rb") as file:
+                digest = hashlib.sha256(file.read()).hexdigest()
+            return print(f"tariq.py {VERSION}, SHA-256 {digest}")
         options = command_line().parse_args()
+        verbose = options.verbose
         return options.function(options)  # an exit code; None is 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # never a traceback
-        code, text = explained(error)
-        log(f"tariq: {text}")
-        return code
+        fault = as_fault(error)
+        log(f"tariq: {fault}")
+        if verbose and fault.detail:
+            log(fault.detail)
+        return fault.code
 
 if __name__ == "__main__":
     sys.exit(main())
