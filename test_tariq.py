@@ -2986,7 +2986,6 @@ PATIENCE = 600  # seconds: where the processor is emulated and shared, a boot ma
 DEBIAN = ("linux-image-cloud-amd64,initramfs-tools,lz4,systemd,systemd-sysv,udev,dbus,openssh-server,openssh-client,"
           "iproute2,sudo,procps,kmod,python3")
 PACKAGES = "python3-scapy python3-pil gnupg iptables"  # what `init` asks for
-UNINSTALL = ("sudo tariq.py hide --undo",)  # TODO
 
 # $1: where it is made, $2: Debian's mirror, $3: what DEBIAN says, $4: the packages that the README asks for
 MAKE_IMAGE = r"""set -eu
@@ -3157,16 +3156,16 @@ class FirstHour:
             assert not host.connects(address, timeout=3), f"{host.name} gets in by {address}"
         print("(hidden: neither a stranger nor the laptop gets an answer from port 22)", flush=True)
 
-    def property(self, *names):
-        """What systemd says of the service."""
-        line = f"systemctl show --value {' '.join(f'-p {name}' for name in names)} tariq"
-        return self.on_box(line, quiet=True).split()
+    def service(self):
+        """What systemd says of the service: {name: value}."""
+        lines = self.on_box("systemctl show -p ActiveState -p MainPID tariq", quiet=True).splitlines()
+        return dict(line.split("=") for line in lines)
 
-    def recovers(self, number):
-        """Wait until another process is the monitor, and ready."""
+    def recovers(self, pid):
+        """Wait until another process than this one is the monitor, and ready."""
         def ready():
-            state, pid = self.property("ActiveState", "MainPID")
-            return state == "active" and pid not in ("0", number)
+            now = self.service()
+            return now["ActiveState"] == "active" and now["MainPID"] not in ("0", pid)
         wait_for(ready, "systemd does not bring the service back", PATIENCE)
 
     def set_up(self):
@@ -3193,7 +3192,7 @@ class FirstHour:
         self.on_box("sudo apt-get update")
         self.on_box("sudo " + re.search(r"apt-get install [^\n'`\"]*", said)[0])
         self.on_box("cd tariq && sudo ./tariq.py init", said="enroll")
-        assert self.property("ActiveState") == ["active"]
+        assert self.service()["ActiveState"] == "active"
         assert "python" not in self.on_box("sudo ss -Hlntup", quiet=True), "Tariq listens"
 
     def enroll(self):
@@ -3207,12 +3206,12 @@ class FirstHour:
         path, line = self.lab.new("hide"), "sudo tariq.py hide"
         with open(path, "w") as file:
             process = self.laptop.popen("ssh", "-tt", "me@session", line, user="me", stdin=PIPE, stdout=file, stderr=file)
-        wait_for(lambda: "knock" in path.read_text() or process.poll() is not None, "hide says nothing", PATIENCE)
-        self.hidden()
+        wait_for(lambda: "another terminal" in path.read_text() or process.poll() is not None, "hide says nothing", PATIENCE)
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
         self.knock()
         self.log_in()
         code, said = process.wait(PATIENCE), path.read_text()
-        self.look("me@box", line, SimpleNamespace(stdout=said, stderr="", returncode=code), 0, "hid", False)
+        self.look("me@box", line, SimpleNamespace(stdout=said, stderr="", returncode=code), 0, "hidden for good", False)
         self.on_box("sudo tariq.py check")
         assert not self.stranger.connects(self.addresses[0], timeout=3)
         self.knock("C", "22", said="closed tcp/22")
@@ -3226,9 +3225,16 @@ class FirstHour:
         self.leave()
         self.boots(2)
         self.hidden()
+        self.served()
+        self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
+
+    def served(self):
+        """Knock until the server is up, as people do, and log in."""
+        def opens():
+            return self.laptop.shell("tariq.py knock box.example.com O 22", check=False, timeout=PATIENCE).returncode == 0
+        wait_for(opens, "no knock is answered", PATIENCE)
         self.knock()
         self.log_in()
-        self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
 
     def leave(self):
         """End the log-in that stays: the machine is gone, or about to go."""
@@ -3250,8 +3256,9 @@ class FirstHour:
 
     def full_disk(self):
         self.say("A full disk, under the keyring, too: knocks and a restart go on.")
-        self.on_box("sudo fallocate -l $(df --output=avail -B1 / | tail -n 1) /full; sudo dd if=/dev/zero of=/rest;"
-                    "sudo -u tariq touch /etc/tariq/.server-gpg/x", code=1, said="No space left")
+        most, few = "$(($(df --output=avail -B1M / | tail -n 1) - 64))M", "of=/rest bs=4k status=none"
+        self.on_box(f"sudo fallocate -l {most} /full; sudo dd if=/dev/zero {few}", code=1, said="No space left")
+        self.on_box("echo | sudo -u tariq tee /etc/tariq/.server-gpg/more", code=1, said="No space left")
         self.knock("C", "22", said="closed tcp/22")
         self.hidden()
         self.knock()
@@ -3260,15 +3267,15 @@ class FirstHour:
         self.hidden()
         self.knock()
         self.log_in()
-        self.on_box("sudo rm /full /rest")
+        self.on_box("sudo rm /full /rest /etc/tariq/.server-gpg/more")
 
     def killed(self):
         for which in "monitor", "listener":
             self.say(f"kill -9 of the {which}: systemd brings all of it back, hidden.")
-            number, = self.property("MainPID")
-            target = number if which == "monitor" else f"$(pgrep -u tariq -P {number})"
+            pid = self.service()["MainPID"]
+            target = pid if which == "monitor" else f"$(pgrep -u tariq -f -- '- listener')"
             self.on_box(f"sudo kill -9 {target}")
-            self.recovers(number)
+            self.recovers(pid)
             self.hidden()
             self.knock()
             self.log_in()
@@ -3276,10 +3283,10 @@ class FirstHour:
     def upgrade(self):
         self.say("init again, from a newer clone, is the upgrade: config and keys stay.")
         before = self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
-        number, = self.property("MainPID")
+        pid = self.service()["MainPID"]
         self.clone("newer", "# a newer version\n")
         self.on_box("cd newer && sudo ./tariq.py init")
-        self.recovers(number)
+        self.recovers(pid)
         assert before == self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
         self.on_box("tariq.py --version", said=hashlib.sha256((self.lab.dir / "newer/tariq.py").read_bytes()).hexdigest())
         self.hidden()
@@ -3288,7 +3295,7 @@ class FirstHour:
 
     def uninstall(self):
         self.say("What the README says to take Tariq out again: nothing of it stays, and all can be reached.")
-        for line in UNINSTALL:
+        for line in blocks("Uninstalling")[0].splitlines():
             self.on_box(line)
         for program in "iptables", "ip6tables":
             assert "tariq" not in self.on_box(f"sudo {program} -S", quiet=True)
@@ -3314,7 +3321,7 @@ def machine():
             for step in (hour.reboot, hour.broken_config, hour.full_disk, hour.killed, hour.upgrade, hour.uninstall):
                 step()
             hour.say("All of it went as it should. The machine is removed.")
-        except BaseException:
+        except Exception:
             print(f"\nthe machine's console:\n{hour.guest.last_words()}", flush=True)
             raise
 
