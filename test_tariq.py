@@ -3074,7 +3074,8 @@ class Guest:
         # As a provider does it: root's ssh key comes from outside, by systemd's name for that.
         key = base64.b64encode(key.read_bytes()).decode()
         words = ("root=/dev/vda rw quiet console=ttyS0 net.ifnames=0 mitigations=off "
-                 f"systemd.default_timeout_start_sec={PATIENCE} "
+                 f"systemd.default_timeout_start_sec={PATIENCE} "  # nothing fails by slowness
+                 f"systemd.default_device_timeout_sec={PATIENCE} "
                  f"systemd.set_credential_binary=ssh.authorized_keys.root:{key}")
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", lab.switch, *map(str, self.start), "-accel", *kind,
@@ -3099,7 +3100,7 @@ class Guest:
         """Wait until it has come up so many times."""
         def up():
             assert self.process.poll() is None, "qemu has ended"
-            return self.console.exists() and self.console.read_bytes().count(b"box login:") >= times
+            return self.console.exists() and self.console.read_bytes().count(b"Startup finished") >= times
         wait_for(up, "the machine does not come up", PATIENCE)
 
     def last_words(self, lines=80):
