@@ -4,6 +4,7 @@ and nmap. As root:
 
     ./test_tariq.py                 the tests (pytest); not as root, those that need no namespace
     ./test_tariq.py demo            three throwaway hosts, a closed door and a knock: 15 seconds
+    ./test_tariq.py machine         the README's first hour, typed on a fresh Debian 13 in qemu
     ./test_tariq.py bench latency   time to an open port, beside other tools, and its parts
     ./test_tariq.py bench clients   a knock where 1, 100, 1,000 and 10,000 clients are enrolled
     ./test_tariq.py bench load      authentic knocks a second that the server finishes
@@ -3488,6 +3489,406 @@ def demo():
         return 130
     return 0
 
+# ---- a real machine: the README's first hour, typed on a fresh Debian 13 in qemu ---------------------------------------
+
+IMAGES = Path(os.environ.get("TARIQ_MACHINE_CACHE", "/var/cache/tariq-test-machine"))
+PATIENCE = 900  # seconds: where the processor is emulated and shared, a boot may take minutes
+
+# What an installation of Debian or a provider's image brings.
+DEBIAN = ("linux-image-cloud-amd64,initramfs-tools,lz4,systemd,systemd-sysv,udev,dbus,"
+          "openssh-server,openssh-client,iproute2,sudo,procps,kmod,python3")
+# What `init` asks for. It lies in apt's cache, since the machine has no way out.
+PACKAGES = "python3-scapy python3-pil gnupg iptables"
+
+# $1: where it is made, $2: Debian's mirror, $3: DEBIAN, $4: PACKAGES
+MAKE_IMAGE = r"""set -eu
+tree=$1/tree
+debootstrap --variant=minbase --include="$3" trixie "$tree" "$2"
+inside() { chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 "$@"; }
+mount -t proc proc "$tree/proc"
+cp /etc/resolv.conf "$tree/etc/resolv.conf"
+inside apt-get update -q
+inside apt-get install -q -y --no-install-recommends --download-only $4
+rm "$tree/etc/resolv.conf"
+echo box > "$tree/etc/hostname"
+printf '127.0.0.1 localhost box\n::1 localhost box\n' > "$tree/etc/hosts"
+echo '/dev/vda / ext4 rw 0 0' > "$tree/etc/fstab"
+cat > "$tree/etc/systemd/network/eth0.network" <<'END'
+[Match]
+Name=eth0
+[Network]
+Address=198.51.100.10/24
+Address=2001:db8:1::10/64
+Gateway=198.51.100.1
+IPv6AcceptRA=no
+END
+# The journal comes out of the serial line, too: it is what there is to see when nobody gets in.
+mkdir "$tree/etc/systemd/journald.conf.d"
+cat > "$tree/etc/systemd/journald.conf.d/serial.conf" <<'END'
+[Journal]
+ForwardToConsole=yes
+TTYPath=/dev/ttyS0
+END
+inside systemctl -q enable systemd-networkd
+# What costs time here and says nothing of Tariq.
+inside systemctl -q mask systemd-networkd-wait-online.service systemd-pstore.service \
+    e2scrub_reap.service apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
+    e2scrub_all.timer fstrim.timer
+touch "$tree/etc/.updated" "$tree/var/.updated"
+printf 'MODULES=list\nCOMPRESS=lz4\n' > "$tree/etc/initramfs-tools/conf.d/small"
+printf 'virtio_pci\nvirtio_blk\next4\n' > "$tree/etc/initramfs-tools/modules"
+inside update-initramfs -u
+umount "$tree/proc"
+cp "$tree"/boot/vmlinuz-* "$1/kernel"
+cp "$tree"/boot/initrd.img-* "$1/initrd"
+truncate -s 3G "$1/disk"
+mkfs.ext4 -q -m 0 -d "$tree" "$1/disk"
+rm -rf "$tree"
+"""
+
+def image(packages):
+    """The directory of a fresh machine's disk, kernel and initrd; made where the cache has none of
+    this very recipe."""
+    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages)).encode()).hexdigest()[:16]
+    made, making = IMAGES / recipe, IMAGES / "making"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with open(IMAGES / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once need one image
+        if not made.exists():
+            print(f"making a Debian 13 in {made}", flush=True)
+            for old in IMAGES.iterdir():
+                if old.is_dir():  # of another recipe, or not finished
+                    shutil.rmtree(old)  # a machine that uses it holds its files open
+            making.mkdir()
+            targets = sh("apt-get", "indextargets", "--format", "$(REPO_URI)",
+                         "Created-By: Packages").stdout.splitlines()
+            mirror = next(line for line in targets if "security" not in line)
+            # Namespaces of its own: what is mounted or runs in there goes when it ends.
+            sh("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
+               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages, timeout=3600)
+            making.rename(made)
+    return made
+
+class Guest:
+    """Debian 13 in qemu, as box.example.com on a lab's switch. What it writes to its disk goes when
+    it ends."""
+
+    def __init__(self, lab, image, key):
+        self.console = lab.dir / "console"
+        sh("ip", "-n", lab.switch, "tuntap", "add", "tap0", "mode", "tap")
+        sh("ip", "-n", lab.switch, "link", "set", "tap0", "master", "br0", "up")
+        self.start = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-m", "1024", "-smp",
+                      "2", "-kernel", image / "kernel", "-initrd", image / "initrd"]
+        kind = ["tcg,thread=multi", "-cpu", "qemu64"]
+        if self.kvm_works():
+            kind = ["kvm", "-cpu", "host"]
+        # As a provider does it: root's ssh key comes from outside, by systemd's name for that.
+        key = base64.b64encode(key.read_bytes()).decode()
+        words = ("root=/dev/vda rw quiet console=ttyS0 net.ifnames=0 mitigations=off "
+                 f"systemd.default_timeout_start_sec={PATIENCE} "  # nothing fails by slowness
+                 f"systemd.default_device_timeout_sec={PATIENCE} "
+                 f"systemd.set_credential_binary=ssh.authorized_keys.root:{key}")
+        self.process = subprocess.Popen(
+            ["ip", "netns", "exec", lab.switch, *map(str, self.start), "-accel", *kind,
+             "-drive", f"file={image}/disk,format=raw,if=virtio,snapshot=on,cache=unsafe",
+             "-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no",
+             "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci",
+             "-serial", f"file:{self.console}", "-append", words], stdin=DEVNULL)
+
+    def kvm_works(self):
+        """Whether a guest gets as far as its first process: /dev/kvm may be there, and fail."""
+        if not os.access("/dev/kvm", os.W_OK):
+            return False
+        words = "console=ttyS0 panic=-1 rdinit=/bin/true"  # when that ends, the kernel ends, too
+        try:
+            done = sh(*self.start, "-accel", "kvm", "-cpu", "host", "-no-reboot", "-serial",
+                      "stdio", "-append", words, check=False, timeout=30)
+        except subprocess.TimeoutExpired:
+            return False
+        return "Attempted to kill init! exitcode=0x00000000" in done.stdout
+
+    def booted(self, times=1):
+        """Wait until it has come up so many times."""
+        def up():
+            assert self.process.poll() is None, "qemu has ended"
+            return self.console.exists() and self.console.read_bytes().count(b"Startup finished") >= times
+        wait_for(up, "the machine does not come up", PATIENCE)
+
+    def last_words(self, lines=80):
+        text = self.console.read_text(errors="replace") if self.console.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+def readme(heading, number=0):
+    """What the README has there to be typed."""
+    return blocks(heading)[number].strip()
+
+class FirstHour:
+    """A laptop, a stranger and a machine. Each line is printed, typed by whom it says, and its
+    outcome looked at."""
+
+    addresses = "198.51.100.10", "2001:db8:1::10"
+
+    def __init__(self, lab):
+        key = lab.dir / "id_ed25519"
+        sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+        self.began, self.lab, self.typed = time.monotonic(), lab, 0
+        self.guest = Guest(lab, image(PACKAGES), Path(f"{key}.pub"))
+        self.laptop, self.stranger = Machine(lab, "laptop"), lab.host("other", 30)
+        # `session` is one log-in that stays, as an admin's does: all of its commands go through one
+        # connection, which no step may cut.
+        self.laptop.run("tee", "-a", "/etc/hosts", input=f"{self.addresses[1]} box.example.com\n")
+        self.laptop.shell("cat >.ssh/config", input=(
+            "Host session\n  HostName box.example.com\n  ControlMaster auto\n  ControlPersist yes\n"
+            "  ControlPath ~/.ssh/session-%r\nHost *\n  StrictHostKeyChecking accept-new\n"
+            f"  LogLevel ERROR\n  ConnectTimeout {PATIENCE}\n"))
+
+    def boots(self, times=1):
+        """Wait until it has booted so many times, and is on the network. A hidden machine says so
+        on the link only."""
+        self.guest.booted(times)
+        self.stranger.run("ip", "neigh", "flush", "all")
+        def answers():
+            for address in self.addresses:
+                self.stranger.connects(address, timeout=0.1)
+            return self.stranger.run("ip", "neigh").stdout.count("lladdr") >= len(self.addresses)
+        wait_for(answers, "the machine's network does not come up", PATIENCE)
+
+    def say(self, text):
+        print(f"\n[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
+
+    def on_laptop(self, line, code=(0,), said="", quiet=False):
+        """What `me` types on the laptop -> what it prints."""
+        done = self.laptop.shell(line, check=False, timeout=PATIENCE)
+        return self.look("me@laptop", line, done, code, said, quiet)
+
+    def on_box(self, line, code=(0,), said="", user="me", quiet=False):
+        """What is typed on the machine, through the session that stays -> what it prints."""
+        words = "ssh", f"{user}@session", line
+        done = self.laptop.run(*words, user="me", check=False, timeout=PATIENCE)
+        return self.look(f"{user}@box", line, done, code, said, quiet)
+
+    def look(self, where, line, done, code, said, quiet):
+        text = done.stdout + done.stderr
+        if not quiet:
+            self.typed += 1
+            lines = text.splitlines()
+            most = f"... {len(lines) - 20} lines ..."
+            shown = lines if len(lines) <= 40 else [*lines[:10], most, *lines[-10:]]
+            print(f"{where}$ {line}", *(f"  {line}" for line in shown), sep="\n", flush=True)
+        fault = f"{line!r}: exit status {done.returncode}, not {code}, or without {said!r}:\n{text}"
+        assert done.returncode in code and said in text, fault
+        return text
+
+    def knock(self, *words, said="opened tcp/22"):
+        """Knock until there is an answer, as people do: a slow machine may not be up yet, or give
+        its gpg more time than the server allows."""
+        words = "tariq.py", "knock", "box.example.com", *(words or ("O", "22"))
+        def answered():
+            return said in self.on_laptop(shlex.join(words), code=(0, 75))
+        wait_for(answered, "no knock is answered", PATIENCE)
+
+    def close(self):
+        """Close the laptop's doors; of two families one knock may have reached one."""
+        for family in "-4", "-6":
+            self.knock(family, "C", "22", said="tcp/22")
+
+    def log_in(self):
+        """A connection of its own, which has to come through a door where the machine hides."""
+        self.on_laptop("ssh me@box.example.com hostname", said="box")
+
+    def hidden(self):
+        """Neither a stranger nor the laptop, whose door is shut, gets an answer."""
+        def gets_in(host, address):
+            return host.connects(address, timeout=3)
+        with ThreadPoolExecutor() as pool:  # each waits
+            ways = itertools.product((self.stranger, self.laptop), self.addresses)
+            assert not any(pool.map(gets_in, *zip(*ways))), "somebody gets in without a knock"
+        assert self.session() == self.kept, "the log-in that was there is cut"
+        print("(hidden: neither a stranger nor the laptop gets an answer from port 22)", flush=True)
+
+    def service(self):
+        """What systemd says of the service: {name: value}."""
+        text = self.on_box("systemctl show -p ActiveState -p MainPID tariq", quiet=True)
+        return dict(line.split("=") for line in text.splitlines())
+
+    def recovers(self, pid):
+        """Wait until another process than this one is the monitor, and ready."""
+        def ready():
+            now = self.service()
+            return now["ActiveState"] == "active" and now["MainPID"] not in ("0", pid)
+        wait_for(ready, "systemd does not bring the service back", PATIENCE)
+
+    def set_up(self):
+        self.say("A fresh Debian 13, which its provider gave to root and to `me`, who may sudo.")
+        self.boots()
+        self.on_box("useradd --create-home --shell /bin/bash me; cp -r .ssh ~me/; chown -R me: ~me;"
+                    "echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me", user="root", quiet=True)
+        self.clone("tariq")
+        self.on_box("uptime")
+        self.kept = self.session()
+
+    def clone(self, name, change=""):
+        """A copied clone on the machine."""
+        copy = self.lab.dir / name
+        copy.mkdir(mode=0o755)
+        for path in TARIQ, HERE / "tariq.conf.example", HERE / "README.md":
+            shutil.copy(path, copy)
+        with open(copy / TARIQ.name, "a") as file:
+            file.write(change)
+        self.on_laptop(f"scp -qr {copy} me@box.example.com:", quiet=True)
+
+    def init(self):
+        self.say("init names what is missing, touches nothing, and then does all of it.")
+        line = f"cd tariq && {readme('1. On the server: init')}"
+        said = self.on_box(line, code=(69,), said="apt-get install")
+        self.gone()
+        self.on_box("sudo apt-get update")
+        self.on_box("sudo " + re.search(r"apt-get install [^\n'`\"]*", said)[0])
+        self.on_box(line, said="enroll")
+        assert self.service()["ActiveState"] == "active"
+        assert "python" not in self.on_box("sudo ss -Hlntup", quiet=True), "Tariq listens"
+
+    def gone(self):
+        """Nothing of Tariq is there, or not yet."""
+        for pattern in "/etc/tariq", "/usr/local/bin/tariq*", "/etc/systemd/system/*tariq*":
+            self.on_box(f"ls -d {pattern}", code=(2,), quiet=True)
+        self.on_box("id tariq", code=(1,), quiet=True)
+
+    def enroll(self):
+        self.say("A client: key, enrolment and profile in one line.")
+        self.on_laptop(readme("2. On the client: keygen, enroll, join", 1))
+
+    def hide(self):
+        self.say("hide: nothing changes for good until somebody has come in through a door.")
+        assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
+        said = ""
+        while "hidden for good" not in said:  # a slow machine may need more than its two minutes
+            said = self.try_to_hide()
+        self.say(f"That was the first hour: {self.typed} lines typed.")
+        self.on_box("sudo tariq.py check")
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.close()
+        self.hidden()
+        self.on_box("systemd-analyze security --no-pager tariq | tail -n 1")
+
+    def try_to_hide(self):
+        path, line = self.lab.new("hide"), readme("3. On the server: hide")
+        with open(path, "w") as file:
+            words = "ssh", "-tt", "me@session", line
+            process = self.laptop.popen(*words, user="me", stdin=PIPE, stdout=file, stderr=file)
+        def hides():
+            return "another terminal" in path.read_text() or process.poll() is not None
+        wait_for(hides, "hide says nothing", PATIENCE)
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.on_laptop(readme("4. On the client: the first knock"), code=(0, 75))
+        self.log_in()
+        code = process.wait(PATIENCE)
+        done = SimpleNamespace(stdout=path.read_text(), stderr="", returncode=code)
+        return self.look("me@box", line, done, (0, 75), "", False)
+
+    def reboot(self):
+        self.say("A reboot with a door open: the machine comes up hidden, the door shut.")
+        self.knock()
+        self.log_in()
+        self.on_box("sudo systemctl reboot", quiet=True, code=(0, 255))
+        self.session("exit")  # it would wait for the machine that is gone
+        self.boots(2)
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("uptime")
+        self.kept = self.session()
+        self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
+
+    def session(self, command="check"):
+        """What ssh says of the log-in that stays, with its process's number."""
+        words = "ssh", "-O", command, "me@session"
+        return self.laptop.run(*words, user="me", check=False).stderr
+
+    def broken_config(self):
+        self.say("A typo in the config: a restart fails aloud, check says why, all stays hidden.")
+        self.on_box(r"sudo sed -i 's/^\[server\]/&\nopen_timout = 60/' /etc/tariq/tariq.conf")
+        self.on_box("sudo tariq.py check", code=(78,), said="open_timout")
+        self.on_box("sudo systemctl restart tariq", code=(1,))
+        self.on_box("sudo journalctl --no-pager -o cat -n 5 -u tariq", said="open_timout")
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.on_box("sudo sed -i /open_timout/d /etc/tariq/tariq.conf")
+        self.on_box("sudo systemctl restart tariq")
+        self.hidden()
+        self.knock()
+        self.log_in()
+
+    def full_disk(self):
+        self.say("A full disk, under the keyring, too: knocks and a restart go on.")
+        most = "$(($(df --output=avail -B1M / | tail -n 1) - 64))M"
+        for line in (f"sudo fallocate -l {most} /full; sudo dd if=/dev/zero of=/rest bs=4k",
+                     "echo | sudo -u tariq tee /etc/tariq/.server-gpg/more"):
+            self.on_box(line, code=(1,), said="No space left")
+        self.close()
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("sudo systemctl restart tariq")
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("sudo rm /full /rest /etc/tariq/.server-gpg/more")
+
+    def killed(self):
+        for which in "monitor", "listener":
+            self.say(f"kill -9 of the {which}: systemd brings all of it back, hidden.")
+            pid = self.service()["MainPID"]
+            target = pid if which == "monitor" else f"$(pgrep -u tariq -f -- '- listener')"
+            self.on_box(f"sudo kill -9 {target}")
+            self.recovers(pid)
+            self.hidden()
+            self.knock()
+            self.log_in()
+
+    def upgrade(self):
+        self.say("init again, from a newer clone, is the upgrade: config and keys stay.")
+        before = self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
+        pid = self.service()["MainPID"]
+        self.clone("newer", "# a newer version\n")
+        self.on_box(f"cd newer && {readme('An upgrade').partition('&& ')[2]}")  # not its git pull
+        self.recovers(pid)
+        assert before == self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
+        newer = (self.lab.dir / "newer/tariq.py").read_bytes()
+        self.on_box("tariq.py --version", said=hashlib.sha256(newer).hexdigest())
+        self.hidden()
+        self.knock()
+        self.log_in()
+
+    def uninstall(self):
+        self.say("Uninstalled: nothing of it stays, and the machine can be reached as before.")
+        for line in readme("Uninstalling").splitlines():
+            self.on_box(line)
+        for program in "iptables", "ip6tables":
+            assert "tariq" not in self.on_box(f"sudo {program} -S", quiet=True)
+        self.gone()
+        assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
+
+def machine():
+    """The README's first hour on a fresh Debian 13, and what goes wrong later, typed over ssh."""
+    if os.geteuid():
+        sys.exit("the machine hangs on network namespaces: sudo ./test_tariq.py machine")
+    needs = {"qemu-system-x86_64": "qemu-system-x86", "debootstrap": "debootstrap",
+             "mkfs.ext4": "e2fsprogs"}
+    missing = [package for program, package in needs.items() if not shutil.which(program)]
+    if missing:
+        sys.exit(f"not installed: apt-get install --no-install-recommends {' '.join(missing)}")
+    with Lab() as lab:
+        hour = FirstHour(lab)
+        try:
+            for step in (hour.set_up, hour.init, hour.enroll, hour.hide, hour.reboot,
+                         hour.broken_config, hour.full_disk, hour.killed, hour.upgrade,
+                         hour.uninstall):
+                step()
+            hour.say("All of it went as it should. The machine is removed.")
+        except Exception:
+            print(f"\nthe machine's console:\n{hour.guest.last_words()}", flush=True)
+            raise
+
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 SECOND = "476c5ac"  # the second design's last commit: `bench latency` measures it, too
@@ -4365,6 +4766,9 @@ def main():
         return part_flood(*arguments)
     if name == "demo":
         return demo()
+    if name == "machine":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing behind
+        return machine()
     if name == "bench":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` too shall leave no namespace behind
         if arguments and arguments[0] in benches:
