@@ -2187,7 +2187,8 @@ def cmd_enroll(options):
     _, status, _ = gpg(home, "--import", data=text)
     if section:
         updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
-        state = trouble or f"expires: {key['expires']}"
+        key = find_key(home, "--list-keys", key["fpr"])  # as it is now: more may have been known
+        state = trouble_with(key, "S", home) or f"expires: {key['expires']}"
         log(f"[{section}] is there already, and its key is {'updated' if updated else 'the same'}: "
             f"it {state}. What it may do stays as it is.")
     else:
