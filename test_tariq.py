@@ -4,8 +4,13 @@ and nmap. As root:
 
     ./test_tariq.py                 the tests (pytest); not as root, those that need no namespace
     ./test_tariq.py demo            three throwaway hosts, a closed door and a knock: 15 seconds
-    ./test_tariq.py bench latency   time to an open port, against fwknop and knockd where installed
+    ./test_tariq.py machine         the README's first hour, typed on a fresh Debian 13 in qemu
+    ./test_tariq.py bench latency   time to an open port, beside other tools, and its parts
+    ./test_tariq.py bench clients   a knock where 1, 100, 1,000 and 10,000 clients are enrolled
+    ./test_tariq.py bench load      authentic knocks a second that the server finishes
     ./test_tariq.py bench flood     knocks under a flood of garbage
+    ./test_tariq.py bench timing    what a stranger can measure, with and without a server
+    ./test_tariq.py bench observer  a knock's packets, as somebody on the path sees them
 
 Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the
 end, also on failure. What is where, in the order of the file:
@@ -35,8 +40,9 @@ end, also on failure. What is where, in the order of the file:
     keys with a passphrase, words, the service         pinentry; each line whole; the unit; the demo
   The benchmarks
 """
-import ast, base64, bz2, collections, ctypes, fcntl, hashlib, importlib.util, io, itertools, json, os
-import pty, random, re, select, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile
+import ast, base64, bisect, bz2, collections, copy, ctypes, fcntl, hashlib, importlib.util, io
+import itertools, json, math, os, pty, random, re, select, shlex, shutil, signal, socket
+import statistics, struct, subprocess, sys, tempfile
 import termios, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -2253,7 +2259,9 @@ def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
                 "answer": [*away, "--tcp-flags", "SYN,RST,ACK", "ACK", "-m", "length", "--length", "100:"]}[lost]
         rule += ["-m", "statistic", "--mode", "nth", "--every", "100000", "--packet", "0", "-j", "DROP"]
         lossy.run("iptables", "-w", "-I", "loss", *rule)
-        return opens(idle, transport=transport, host=client)
+        # A result that answers a repeat is a SYN-ACK, and passes: no repeat comes before it.
+        slow = "tariq.WAIT = 5" if lost == "result" else None
+        return opens(idle, transport=transport, host=client, change=slow)
     with serving(idle) as server:
         with ThreadPoolExecutor() as pool:
             list(pool.map(one, lossy.far, ("kernel", "crafted")))
@@ -3481,10 +3489,459 @@ def demo():
         return 130
     return 0
 
+# ---- a real machine: the README's first hour, typed on a fresh Debian 13 in qemu ---------------------------------------
+
+IMAGES = Path(os.environ.get("TARIQ_MACHINE_CACHE", "/var/cache/tariq-test-machine"))
+PATIENCE = 900  # seconds: where the processor is emulated and shared, a boot may take minutes
+
+# What an installation of Debian or a provider's image brings.
+DEBIAN = ("linux-image-cloud-amd64,initramfs-tools,lz4,systemd,systemd-sysv,udev,dbus,"
+          "openssh-server,openssh-client,iproute2,sudo,procps,kmod,python3")
+# What `init` asks for. It lies in apt's cache, since the machine has no way out.
+PACKAGES = "python3-scapy python3-pil gnupg iptables"
+
+# $1: where it is made, $2: Debian's mirror, $3: DEBIAN, $4: PACKAGES
+MAKE_IMAGE = r"""set -eu
+tree=$1/tree
+debootstrap --variant=minbase --include="$3" trixie "$tree" "$2"
+inside() { chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 "$@"; }
+mount -t proc proc "$tree/proc"
+cp /etc/resolv.conf "$tree/etc/resolv.conf"
+inside apt-get update -q
+inside apt-get install -q -y --no-install-recommends --download-only $4
+rm "$tree/etc/resolv.conf"
+echo box > "$tree/etc/hostname"
+printf '127.0.0.1 localhost box\n::1 localhost box\n' > "$tree/etc/hosts"
+echo '/dev/vda / ext4 rw 0 0' > "$tree/etc/fstab"
+cat > "$tree/etc/systemd/network/eth0.network" <<'END'
+[Match]
+Name=eth0
+[Network]
+Address=198.51.100.10/24
+Address=2001:db8:1::10/64
+Gateway=198.51.100.1
+IPv6AcceptRA=no
+END
+# The journal comes out of the serial line, too: it is what there is to see when nobody gets in.
+mkdir "$tree/etc/systemd/journald.conf.d"
+cat > "$tree/etc/systemd/journald.conf.d/serial.conf" <<'END'
+[Journal]
+ForwardToConsole=yes
+TTYPath=/dev/ttyS0
+END
+inside systemctl -q enable systemd-networkd
+# What costs time here and says nothing of Tariq.
+inside systemctl -q mask systemd-networkd-wait-online.service systemd-pstore.service \
+    e2scrub_reap.service apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
+    e2scrub_all.timer fstrim.timer
+touch "$tree/etc/.updated" "$tree/var/.updated"
+printf 'MODULES=list\nCOMPRESS=lz4\n' > "$tree/etc/initramfs-tools/conf.d/small"
+printf 'virtio_pci\nvirtio_blk\next4\n' > "$tree/etc/initramfs-tools/modules"
+inside update-initramfs -u
+umount "$tree/proc"
+cp "$tree"/boot/vmlinuz-* "$1/kernel"
+cp "$tree"/boot/initrd.img-* "$1/initrd"
+truncate -s 3G "$1/disk"
+mkfs.ext4 -q -m 0 -d "$tree" "$1/disk"
+rm -rf "$tree"
+"""
+
+def image(packages):
+    """The directory of a fresh machine's disk, kernel and initrd; made where the cache has none of
+    this very recipe."""
+    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages)).encode()).hexdigest()[:16]
+    made, making = IMAGES / recipe, IMAGES / "making"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with open(IMAGES / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once need one image
+        if not made.exists():
+            print(f"making a Debian 13 in {made}", flush=True)
+            for old in IMAGES.iterdir():
+                if old.is_dir():  # of another recipe, or not finished
+                    shutil.rmtree(old)  # a machine that uses it holds its files open
+            making.mkdir()
+            targets = sh("apt-get", "indextargets", "--format", "$(REPO_URI)",
+                         "Created-By: Packages").stdout.splitlines()
+            mirror = next(line for line in targets if "security" not in line)
+            # Namespaces of its own: what is mounted or runs in there goes when it ends.
+            sh("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
+               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages, timeout=3600)
+            making.rename(made)
+    return made
+
+class Guest:
+    """Debian 13 in qemu, as box.example.com on a lab's switch. What it writes to its disk goes when
+    it ends."""
+
+    def __init__(self, lab, image, key):
+        self.console = lab.dir / "console"
+        sh("ip", "-n", lab.switch, "tuntap", "add", "tap0", "mode", "tap")
+        sh("ip", "-n", lab.switch, "link", "set", "tap0", "master", "br0", "up")
+        self.start = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-m", "1024", "-smp",
+                      "2", "-kernel", image / "kernel", "-initrd", image / "initrd"]
+        kind = ["tcg,thread=multi", "-cpu", "qemu64"]
+        if self.kvm_works():
+            kind = ["kvm", "-cpu", "host"]
+        # As a provider does it: root's ssh key comes from outside, by systemd's name for that.
+        key = base64.b64encode(key.read_bytes()).decode()
+        words = ("root=/dev/vda rw quiet console=ttyS0 net.ifnames=0 mitigations=off "
+                 f"systemd.default_timeout_start_sec={PATIENCE} "  # nothing fails by slowness
+                 f"systemd.default_device_timeout_sec={PATIENCE} "
+                 f"systemd.set_credential_binary=ssh.authorized_keys.root:{key}")
+        self.process = subprocess.Popen(
+            ["ip", "netns", "exec", lab.switch, *map(str, self.start), "-accel", *kind,
+             "-drive", f"file={image}/disk,format=raw,if=virtio,snapshot=on,cache=unsafe",
+             "-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no",
+             "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci",
+             "-serial", f"file:{self.console}", "-append", words], stdin=DEVNULL)
+
+    def kvm_works(self):
+        """Whether a guest gets as far as its first process: /dev/kvm may be there, and fail."""
+        if not os.access("/dev/kvm", os.W_OK):
+            return False
+        words = "console=ttyS0 panic=-1 rdinit=/bin/true"  # when that ends, the kernel ends, too
+        try:
+            done = sh(*self.start, "-accel", "kvm", "-cpu", "host", "-no-reboot", "-serial",
+                      "stdio", "-append", words, check=False, timeout=30)
+        except subprocess.TimeoutExpired:
+            return False
+        return "Attempted to kill init! exitcode=0x00000000" in done.stdout
+
+    def booted(self, times=1):
+        """Wait until it has come up so many times."""
+        def up():
+            assert self.process.poll() is None, "qemu has ended"
+            return self.console.exists() and self.console.read_bytes().count(b"Startup finished") >= times
+        wait_for(up, "the machine does not come up", PATIENCE)
+
+    def last_words(self, lines=80):
+        text = self.console.read_text(errors="replace") if self.console.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+def readme(heading, number=0):
+    """What the README has there to be typed."""
+    return blocks(heading)[number].strip()
+
+class FirstHour:
+    """A laptop, a stranger and a machine. Each line is printed, typed by whom it says, and its
+    outcome looked at."""
+
+    addresses = "198.51.100.10", "2001:db8:1::10"
+
+    def __init__(self, lab):
+        key = lab.dir / "id_ed25519"
+        sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+        self.began, self.lab, self.typed = time.monotonic(), lab, 0
+        self.guest = Guest(lab, image(PACKAGES), Path(f"{key}.pub"))
+        self.laptop, self.stranger = Machine(lab, "laptop"), lab.host("other", 30)
+        # `session` is one log-in that stays, as an admin's does: all of its commands go through one
+        # connection, which no step may cut.
+        self.laptop.run("tee", "-a", "/etc/hosts", input=f"{self.addresses[1]} box.example.com\n")
+        self.laptop.shell("cat >.ssh/config", input=(
+            "Host session\n  HostName box.example.com\n  ControlMaster auto\n  ControlPersist yes\n"
+            "  ControlPath ~/.ssh/session-%r\nHost *\n  StrictHostKeyChecking accept-new\n"
+            f"  LogLevel ERROR\n  ConnectTimeout {PATIENCE}\n"))
+
+    def boots(self, times=1):
+        """Wait until it has booted so many times, and is on the network. A hidden machine says so
+        on the link only."""
+        self.guest.booted(times)
+        self.stranger.run("ip", "neigh", "flush", "all")
+        def answers():
+            for address in self.addresses:
+                self.stranger.connects(address, timeout=0.1)
+            return self.stranger.run("ip", "neigh").stdout.count("lladdr") >= len(self.addresses)
+        wait_for(answers, "the machine's network does not come up", PATIENCE)
+
+    def say(self, text):
+        print(f"\n[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
+
+    def on_laptop(self, line, code=(0,), said="", quiet=False):
+        """What `me` types on the laptop -> what it prints."""
+        done = self.laptop.shell(line, check=False, timeout=PATIENCE)
+        return self.look("me@laptop", line, done, code, said, quiet)
+
+    def on_box(self, line, code=(0,), said="", user="me", quiet=False):
+        """What is typed on the machine, through the session that stays -> what it prints."""
+        words = "ssh", f"{user}@session", line
+        done = self.laptop.run(*words, user="me", check=False, timeout=PATIENCE)
+        return self.look(f"{user}@box", line, done, code, said, quiet)
+
+    def look(self, where, line, done, code, said, quiet):
+        text = done.stdout + done.stderr
+        if not quiet:
+            self.typed += 1
+            lines = text.splitlines()
+            most = f"... {len(lines) - 20} lines ..."
+            shown = lines if len(lines) <= 40 else [*lines[:10], most, *lines[-10:]]
+            print(f"{where}$ {line}", *(f"  {line}" for line in shown), sep="\n", flush=True)
+        fault = f"{line!r}: exit status {done.returncode}, not {code}, or without {said!r}:\n{text}"
+        assert done.returncode in code and said in text, fault
+        return text
+
+    def knock(self, *words, said="opened tcp/22"):
+        """Knock until there is an answer, as people do: a slow machine may not be up yet, or give
+        its gpg more time than the server allows."""
+        words = "tariq.py", "knock", "box.example.com", *(words or ("O", "22"))
+        def answered():
+            return said in self.on_laptop(shlex.join(words), code=(0, 75))
+        wait_for(answered, "no knock is answered", PATIENCE)
+
+    def close(self):
+        """Close the laptop's doors; of two families one knock may have reached one."""
+        for family in "-4", "-6":
+            self.knock(family, "C", "22", said="tcp/22")
+
+    def log_in(self):
+        """A connection of its own, which has to come through a door where the machine hides."""
+        self.on_laptop("ssh me@box.example.com hostname", said="box")
+
+    def hidden(self):
+        """Neither a stranger nor the laptop, whose door is shut, gets an answer."""
+        def gets_in(host, address):
+            return host.connects(address, timeout=3)
+        with ThreadPoolExecutor() as pool:  # each waits
+            ways = itertools.product((self.stranger, self.laptop), self.addresses)
+            assert not any(pool.map(gets_in, *zip(*ways))), "somebody gets in without a knock"
+        assert self.session() == self.kept, "the log-in that was there is cut"
+        print("(hidden: neither a stranger nor the laptop gets an answer from port 22)", flush=True)
+
+    def service(self):
+        """What systemd says of the service: {name: value}."""
+        text = self.on_box("systemctl show -p ActiveState -p MainPID tariq", quiet=True)
+        return dict(line.split("=") for line in text.splitlines())
+
+    def recovers(self, pid):
+        """Wait until another process than this one is the monitor, and ready."""
+        def ready():
+            now = self.service()
+            return now["ActiveState"] == "active" and now["MainPID"] not in ("0", pid)
+        wait_for(ready, "systemd does not bring the service back", PATIENCE)
+
+    def set_up(self):
+        self.say("A fresh Debian 13, which its provider gave to root and to `me`, who may sudo.")
+        self.boots()
+        self.on_box("useradd --create-home --shell /bin/bash me; cp -r .ssh ~me/; chown -R me: ~me;"
+                    "echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me", user="root", quiet=True)
+        self.clone("tariq")
+        self.on_box("uptime")
+        self.kept = self.session()
+
+    def clone(self, name, change=""):
+        """A copied clone on the machine."""
+        copy = self.lab.dir / name
+        copy.mkdir(mode=0o755)
+        for path in TARIQ, HERE / "tariq.conf.example", HERE / "README.md":
+            shutil.copy(path, copy)
+        with open(copy / TARIQ.name, "a") as file:
+            file.write(change)
+        self.on_laptop(f"scp -qr {copy} me@box.example.com:", quiet=True)
+
+    def init(self):
+        self.say("init names what is missing, touches nothing, and then does all of it.")
+        line = f"cd tariq && {readme('1. On the server: init')}"
+        said = self.on_box(line, code=(69,), said="apt-get install")
+        self.gone()
+        self.on_box("sudo apt-get update")
+        self.on_box("sudo " + re.search(r"apt-get install [^\n'`\"]*", said)[0])
+        self.on_box(line, said="enroll")
+        assert self.service()["ActiveState"] == "active"
+        assert "python" not in self.on_box("sudo ss -Hlntup", quiet=True), "Tariq listens"
+
+    def gone(self):
+        """Nothing of Tariq is there, or not yet."""
+        for pattern in "/etc/tariq", "/usr/local/bin/tariq*", "/etc/systemd/system/*tariq*":
+            self.on_box(f"ls -d {pattern}", code=(2,), quiet=True)
+        self.on_box("id tariq", code=(1,), quiet=True)
+
+    def enroll(self):
+        self.say("A client: key, enrolment and profile in one line.")
+        self.on_laptop(readme("2. On the client: keygen, enroll, join", 1))
+
+    def hide(self):
+        self.say("hide: nothing changes for good until somebody has come in through a door.")
+        assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
+        said = ""
+        while "hidden for good" not in said:  # a slow machine may need more than its two minutes
+            said = self.try_to_hide()
+        self.say(f"That was the first hour: {self.typed} lines typed.")
+        self.on_box("sudo tariq.py check")
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.close()
+        self.hidden()
+        self.on_box("systemd-analyze security --no-pager tariq | tail -n 1")
+
+    def try_to_hide(self):
+        path, line = self.lab.new("hide"), readme("3. On the server: hide")
+        with open(path, "w") as file:
+            words = "ssh", "-tt", "me@session", line
+            process = self.laptop.popen(*words, user="me", stdin=PIPE, stdout=file, stderr=file)
+        def hides():
+            return "another terminal" in path.read_text() or process.poll() is not None
+        wait_for(hides, "hide says nothing", PATIENCE)
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.on_laptop(readme("4. On the client: the first knock"), code=(0, 75))
+        self.log_in()
+        code = process.wait(PATIENCE)
+        done = SimpleNamespace(stdout=path.read_text(), stderr="", returncode=code)
+        return self.look("me@box", line, done, (0, 75), "", False)
+
+    def reboot(self):
+        self.say("A reboot with a door open: the machine comes up hidden, the door shut.")
+        self.knock()
+        self.log_in()
+        self.on_box("sudo systemctl reboot", quiet=True, code=(0, 255))
+        self.session("exit")  # it would wait for the machine that is gone
+        self.boots(2)
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("uptime")
+        self.kept = self.session()
+        self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
+
+    def session(self, command="check"):
+        """What ssh says of the log-in that stays, with its process's number."""
+        words = "ssh", "-O", command, "me@session"
+        return self.laptop.run(*words, user="me", check=False).stderr
+
+    def broken_config(self):
+        self.say("A typo in the config: a restart fails aloud, check says why, all stays hidden.")
+        self.on_box(r"sudo sed -i 's/^\[server\]/&\nopen_timout = 60/' /etc/tariq/tariq.conf")
+        self.on_box("sudo tariq.py check", code=(78,), said="open_timout")
+        self.on_box("sudo systemctl restart tariq", code=(1,))
+        self.on_box("sudo journalctl --no-pager -o cat -n 5 -u tariq", said="open_timout")
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.on_box("sudo sed -i /open_timout/d /etc/tariq/tariq.conf")
+        self.on_box("sudo systemctl restart tariq")
+        self.hidden()
+        self.knock()
+        self.log_in()
+
+    def full_disk(self):
+        self.say("A full disk, under the keyring, too: knocks and a restart go on.")
+        most = "$(($(df --output=avail -B1M / | tail -n 1) - 64))M"
+        for line in (f"sudo fallocate -l {most} /full; sudo dd if=/dev/zero of=/rest bs=4k",
+                     "echo | sudo -u tariq tee /etc/tariq/.server-gpg/more"):
+            self.on_box(line, code=(1,), said="No space left")
+        self.close()
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("sudo systemctl restart tariq")
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("sudo rm /full /rest /etc/tariq/.server-gpg/more")
+
+    def killed(self):
+        for which in "monitor", "listener":
+            self.say(f"kill -9 of the {which}: systemd brings all of it back, hidden.")
+            pid = self.service()["MainPID"]
+            target = pid if which == "monitor" else f"$(pgrep -u tariq -f -- '- listener')"
+            self.on_box(f"sudo kill -9 {target}")
+            self.recovers(pid)
+            self.hidden()
+            self.knock()
+            self.log_in()
+
+    def upgrade(self):
+        self.say("init again, from a newer clone, is the upgrade: config and keys stay.")
+        before = self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
+        pid = self.service()["MainPID"]
+        self.clone("newer", "# a newer version\n")
+        self.on_box(f"cd newer && {readme('An upgrade').partition('&& ')[2]}")  # not its git pull
+        self.recovers(pid)
+        assert before == self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
+        newer = (self.lab.dir / "newer/tariq.py").read_bytes()
+        self.on_box("tariq.py --version", said=hashlib.sha256(newer).hexdigest())
+        self.hidden()
+        self.knock()
+        self.log_in()
+
+    def uninstall(self):
+        self.say("Uninstalled: nothing of it stays, and the machine can be reached as before.")
+        for line in readme("Uninstalling").splitlines():
+            self.on_box(line)
+        for program in "iptables", "ip6tables":
+            assert "tariq" not in self.on_box(f"sudo {program} -S", quiet=True)
+        self.gone()
+        assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
+
+def machine():
+    """The README's first hour on a fresh Debian 13, and what goes wrong later, typed over ssh."""
+    if os.geteuid():
+        sys.exit("the machine hangs on network namespaces: sudo ./test_tariq.py machine")
+    needs = {"qemu-system-x86_64": "qemu-system-x86", "debootstrap": "debootstrap",
+             "mkfs.ext4": "e2fsprogs"}
+    missing = [package for program, package in needs.items() if not shutil.which(program)]
+    if missing:
+        sys.exit(f"not installed: apt-get install --no-install-recommends {' '.join(missing)}")
+    with Lab() as lab:
+        hour = FirstHour(lab)
+        try:
+            for step in (hour.set_up, hour.init, hour.enroll, hour.hide, hour.reboot,
+                         hour.broken_config, hour.full_disk, hour.killed, hour.upgrade,
+                         hour.uninstall):
+                step()
+            hour.say("All of it went as it should. The machine is removed.")
+        except Exception:
+            print(f"\nthe machine's console:\n{hour.guest.last_words()}", flush=True)
+            raise
+
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
+SECOND = "476c5ac"  # the second design's last commit: `bench latency` measures it, too
 RATIOS = {"kernel": 0.55, "udp": 0.5, "crafted": 1.2}  # wanted, to fwknop with GPG in the same run
 GIVE_UP = 5  # seconds without an open port
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+def quantile(values, part):
+    """The value below which so many hundredths lie."""
+    return statistics.quantiles([*values] * 2, n=100, method="inclusive")[part - 1]  # it needs two
+
+def milliseconds(function, *arguments):
+    began = time.perf_counter()
+    function(*arguments)
+    return (time.perf_counter() - began) * 1e3
+
+def cost_of(host, *argv, user=NOBODY):
+    """A program's time in ms, less that of a program that does nothing."""
+    def run(*words):
+        return milliseconds(lambda: host.run(*words, user=user))
+    return run(*argv) - run("true")
+
+def server_beside(world, name, program=None):
+    """Another server on the world's host, by another tariq.py if need be, with a directory, a
+    chain, ports, keyring and client of its own -> a world to knock in. It does not run yet."""
+    lab = copy.copy(world.lab)
+    lab.dir = world.lab.dir / name
+    lab.dir.mkdir(mode=0o755)
+    if program:
+        program = program.replace("#!/usr/bin/python3", f"#!{sys.executable}", 1)
+        write(lab.dir / "tariq.py", program, mode=0o755)
+    else:
+        lab.program(path=lab.dir / "tariq.py")
+    another = SimpleNamespace(**{**vars(world), "lab": lab, "tariq": None})
+    another.conf = make_server(lab, world.server, iptables_chain=name)
+    another.ring = another.conf.parent / ".server-gpg"
+    another.me = second_client(another, "client", ALLOW, user="me@laptop")
+    ports = config_values(another.me, "box")["secret_ports"]
+    another.ports = [int(port) for port in ports.split(",")]
+    return another
+
+def print_row(names, cells):
+    """A table's row: each cell at least as wide as its column's name."""
+    cells = zip(names, cells)
+    print(*(f"{cell:>{max(len(name), 8)}}" for name, cell in cells), flush=True)
+
+def second_design():
+    """The text of the second design's tariq.py, or None where the repository is not there."""
+    words = "git", "-c", f"safe.directory={HERE}", "-C", HERE, "show", f"{SECOND}:tariq.py"
+    done = sh(*words, check=False) if shutil.which("git") else None
+    return done.stdout if done and not done.returncode else None
+
+# == latency: from the command's start to the open port, beside other tools ==
 
 def start_fwknop(world, kind, port):
     """fwknop as its manual sets it up, defaults where there are any (it looks for packets each 0.1 s); kind: gpg or
@@ -3530,14 +3987,37 @@ def start_knockd(world):
     server.popen(*words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     return ["knock", server.ip, "7000", "8000", "9000"], lambda: server.run("iptables", "-F", "KNOCKD")
 
+def knock_tools(world, name):
+    """{name of the tool: (its command, what shuts its door)} of a Tariq, each transport."""
+    def close():  # by a knock: a flush would leave the server with doors it believes open
+        opens(world, "C", "22", transport="kernel")
+    return {f"{name}, {kind}": (knock_words(world, transport=kind), close) for kind in RATIOS}
+
+def measure_tools(world, tools, rounds):
+    """{name: [ms from the command's start to the first TCP connect]}, every tool in each round."""
+    times = {tool: [] for tool in tools}
+    for number in range(rounds + 1):  # the first warms up: gpg-agents start, files are cached
+        for tool, (command, shut) in tools.items():
+            # setpriv's millisecond is in all the figures. Only crafted needs root.
+            user = as_user(0 if "crafted" in tool else NOBODY)
+            took = world.client.inside(probe, world.server.ip, [*user, *map(str, command)])
+            shut()
+            times[tool] += [took] if number else []
+            time.sleep(0.05 + random.random() / 10)  # no tool meets a server's polling in one phase
+    return times
+
 def bench_latency(rounds=20):
     """Time from command start to the first TCP connect, every tool in each round, doors shut in between."""
     with Lab() as lab:
         world = new_world(lab)
         started(world)
-        def close():  # by a knock: a flush of the chain would leave the server with doors it believes open
-            opens(world, "C", "22", transport="kernel")
-        tools = {f"tariq, {kind}": (knock_words(world, transport=kind), close) for kind in RATIOS}
+        worlds, tools = {"tariq": world}, knock_tools(world, "tariq")
+        if old := second_design():
+            worlds["second design"] = server_beside(world, "second", old)
+            started(worlds["second design"])
+            tools |= knock_tools(worlds["second design"], "second design")
+        else:
+            print(f"the second design: left out: no git repository with {SECOND} around this file")
         for tool, program, start, *how in (("fwknop, GPG + HMAC", "fwknopd", start_fwknop, "gpg", 62201),
                                            ("fwknop, Rijndael + HMAC", "fwknopd", start_fwknop, "rijndael", 62202),
                                            ("knockd, no cryptography", "knockd", start_knockd)):
@@ -3546,52 +4026,120 @@ def bench_latency(rounds=20):
             else:
                 print(f"{tool}: not installed")
         time.sleep(1)  # the daemons start
-        times = {tool: [] for tool in tools}
-        for number in range(rounds + 1):  # the first is the warm-up: gpg-agents start, files come into the page cache
-            for tool, (command, shut) in tools.items():
-                # setpriv's millisecond is in all the figures. Only crafted needs root.
-                user = as_user(0 if "crafted" in tool else NOBODY)
-                took = world.client.inside(probe, world.server.ip, [*user, *map(str, command)])
-                shut()
-                times[tool] += [took] if number else []
-                time.sleep(0.05 + random.random() / 10)  # no tool meets its server's polling always in one phase
-        bench_parts(world)
-    base = statistics.median(times.get("fwknop, GPG + HMAC", [float("nan")]))
-    print(f"\nfrom command start to the first TCP connect, {rounds} rounds; beside each command a prober sends SYNs")
-    print(f"{'tool':24} {'median':>9} {'min':>9} {'p90':>9} {'to fwknop GPG':>13} {'wanted':>6}")
-    for tool, took in times.items():
-        p90 = statistics.quantiles(took * 2, n=10, method="inclusive")[8]  # * 2: it needs two at least
-        print(f"{tool:24} {statistics.median(took):6.1f} ms {min(took):6.1f} ms {p90:6.1f} ms "
-              f"{statistics.median(took) / base:13.2f} {RATIOS.get(tool.removeprefix('tariq, '), ''):>6}")
+        times = measure_tools(world, tools, rounds)
+        parts = measure_parts(worlds)
+    show_latencies(times, rounds)
+    print("\nwhat a knock by kernel consists of, medians in ms; each part set in is by itself")
+    print(" " * 36 + "".join(f"{name:>15}" for name in worlds))
+    for part, *figures in parts:
+        print(f"  {part:34}" + "".join(f"{figure:15.1f}" for figure in figures))
 
-def bench_parts(world, rounds=15):
-    """What the time of client and server consists of, each part by itself."""
-    def median(function):
-        times = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - began) * 1e3)
-        return statistics.median(times)
-    def program(*argv, user=0):
-        return median(lambda: world.server.run(*argv, user=user)) - median(lambda: world.server.run("true", user=user))
-    text, peer, ring, python = TARIQ.read_text(), Peer(world).seal(), world.ring, (sys.executable, "-I", "-c")
-    imports = "\n".join(re.findall(r"(?m)^(?:import|from) .*", text))
-    sealed, packet = world.lab.dir / "sealed", tariq.split(packet_of(1000, bytes(900)), None)
+def show_latencies(times, rounds):
+    medians = {tool: statistics.median(took) for tool, took in times.items()}
+    names = "median", "min", "p90", "to fwknop GPG", "wanted", "to the second design"
+    print(f"\nms from command start to the first TCP connect, {rounds} rounds; beside each command "
+          "a prober sends SYNs")
+    print(f"{'tool':24}", end="")
+    print_row(names, names)
+    for tool, took in times.items():
+        name, _, kind = tool.partition(", ")
+        ratios = [f"{medians[tool] / medians[base]:.2f}" if base in medians else ""
+                  for base in ("fwknop, GPG + HMAC", f"second design, {kind}")]
+        figures = [f"{value:.1f}" for value in (medians[tool], min(took), quantile(took, 90))]
+        wanted = RATIOS[kind] if name == "tariq" else ""
+        print(f"{tool:24}", end="")
+        print_row(names, [*figures, ratios[0], wanted, ratios[1] if name == "tariq" else ""])
+
+STEPS = ("client: until its first packet", "server: until its challenge",
+         "client: until its answer", "server: until its result", "client: until its exit")
+
+def measure_parts(worlds, rounds=15):
+    """[(part, median in ms in each of the worlds)]: a knock's steps, by its packets as the client's
+    interface sees them, and what they consist of, each part by itself; all of it in each round."""
+    functions = [knock_parts(world) for world in worlds.values()]
+    times = collections.defaultdict(list)
+    for _ in range(rounds):
+        for place, world in enumerate(worlds.values()):
+            for step, took in zip(STEPS, steps_of_a_knock(world)):
+                times[place, step].append(took)
+                for part, function in functions[place].get(step, {}).items():
+                    times[place, f"    {part}"].append(function())
+    rows = []
+    for step in STEPS:
+        names = [step, *(f"    {part}" for part in functions[0].get(step, {}))]
+        rows += [(name, *(statistics.median(times[place, name]) for place in range(len(worlds))))
+                 for name in names]
+    return rows
+
+def knock_parts(world):
+    """{step: {part of it: what measures that part in ms}}"""
+    peer, host, program = Peer(world).seal(), world.server, world.lab.dir / "tariq.py"
+    sealed, text, png = world.lab.dir / "sealed", program.read_text(), make_png(b"x")
     sealed.write_bytes(peer.sealed)
-    line = ["gpg", "--homedir", peer.home, "-qo", "/dev/null", "--batch", "--yes", "--trust-model", "always"]
-    start = program(*python, "pass", user=NOBODY)
-    for name, took in (
-            ("client: interpreter", start), ("client: imports", program(*python, imports, user=NOBODY) - start),
-            ("client: compile tariq.py", median(lambda: compile(text, "tariq.py", "exec"))),
-            ("client: cover and PNG", median(lambda: tariq.embed(tariq.cover_image(""), b"x" * 100))),
-            ("client: gpg, seal", program(*line, "-r", peer.to, "-u", f"<{peer.user}>", "-se", sealed, user=NOBODY)),
-            ("server: gpg, unseal", median(lambda: gpg(ring, "-o", "/dev/null", "--decrypt", sealed))),
-            ("server: PNG, by Pillow", median(lambda: tariq.extract(make_png(b"x")))),
-            ("server: one reply, by scapy", median(lambda: tariq.respond(packet, bytes(100)))),
-            ("server: firewall, check", program("iptables", "-w", "5", "-C", "INPUT", "-j", "tariq")),
-            ("server: firewall, rule", program(*"iptables -w 5 -A tariq -s 192.0.2.9 -j ACCEPT".split()))):
-        print(f"  {name:28} {took:6.1f} ms")
+    seal = [*"gpg -qo /dev/null --batch --yes --trust-model always --compress-algo none".split(),
+            "--homedir", peer.home, "-R", peer.to, "-u", f"<{peer.user}>", "-se", sealed]
+    iptables, rule = ("iptables", "-w", "5"), "-s 192.0.2.9 -p tcp --dport 22 -j ACCEPT".split()
+    return {
+        STEPS[0]: {
+            "interpreter": lambda: cost_of(host, sys.executable, "-I", "-c", "pass"),
+            "imports": lambda: import_time(world),
+            "compiling tariq.py": lambda: milliseconds(compile, text, "tariq.py", "exec"),
+            "gpg, seal": lambda: cost_of(host, *seal)},
+        STEPS[1]: {
+            "gpg, unseal": lambda: unseal_cost(world, sealed),
+            "PNG, by Pillow": lambda: milliseconds(read_png, png),
+            "a reply, by scapy": lambda: milliseconds(scapy_reply)},
+        STEPS[3]: {
+            "iptables, a look": lambda: cost_of(host, *iptables, "-S", "INPUT", user=0),
+            "iptables, a rule": lambda: cost_of(host, *iptables, "-A", "tariq", *rule, user=0)}}
+
+def steps_of_a_knock(world):
+    """ms from the client's start to its first fragment, to the challenge, to its answer, to the
+    result, to its exit: what it says by then is on its way to the user."""
+    command = world.client.command(knock_words(world, transport="kernel"), NOBODY)
+    with captured(world.client) as packets:
+        began = time.time()
+        done = sh(*command)
+        ended = time.time()
+    opens(world, "C", "22", transport="kernel")
+    assert done.stdout.startswith("opened")
+    times, outgoing = [began], True
+    for packet in packets:  # the first of each kind; fragments go out together
+        ports = packet.source, packet.port
+        if packet.payload and packet.outgoing == outgoing and {*ports} & {*world.ports} \
+                and (len(times) == 1 or world.ports[-1] in ports):
+            if len(times) == 3 and packet.flags & 2:
+                continue  # a repeat of the knock is no answer
+            times.append(packet.time)
+            outgoing = not outgoing
+    assert len(times) >= 5, "a packet of the exchange was not captured"
+    times = [*times[:5], ended]
+    return [(then - now) * 1e3 for now, then in zip(times, times[1:])]
+
+def import_time(world):
+    """ms of a knock's imports, by -X importtime: all behind `site`, the interpreter's own."""
+    program, *words = knock_words(world, "C", "22", transport="kernel")
+    command = sys.executable, "-I", "-X", "importtime", program, *words
+    said = world.client.run(*command, user=NOBODY).stderr
+    rows = re.findall(r"(?m)^import time: +(\d+) \|.*\| +(\S+)$", said)
+    own = [name for _, name in rows].index("site")
+    return sum(int(microseconds) for microseconds, _ in rows[own + 1:]) / 1e3
+
+def unseal_cost(world, sealed):
+    """ms that the server's gpg takes for a message, as its owner."""
+    key = config_values(world.conf, "server")["server_key"]
+    owner = os.stat(world.ring).st_uid
+    words = "gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --trust-model always"
+    return cost_of(world.server, *words.split(), "--homedir", world.ring, "-o", "/dev/null",
+                   "--yes", "--try-secret-key", key, "--decrypt", sealed, user=owner)
+
+def read_png(png):
+    from PIL import Image
+    return Image.open(io.BytesIO(png)).tobytes()
+
+def scapy_reply():
+    from scapy.layers.inet import IP, TCP
+    return bytes(IP(src="192.0.2.1", dst="192.0.2.2") / TCP(flags="SA") / bytes(100))
 
 def probe(address, command):
     """In the client's namespace: ms from a command's start to the first connect, started here, so that `ip netns exec`
@@ -3613,10 +4161,305 @@ def probe(address, command):
     assert opened and process.returncode == 0, f"{command}: exit {process.returncode}, {took:.0f} ms: {said}"
     return took
 
+# == clients: a knock beside so many others who are enrolled ==
+
+def bench_clients(*counts, rounds=20):
+    """A knock's time where so many clients are enrolled: a server each, on one host, each in each
+    round. The client that knocks is the last in the keyring: gpg finds it last."""
+    if not importlib.util.find_spec("cryptography"):
+        sys.exit("makes the clients' keys with cryptography: apt-get install python3-cryptography")
+    counts = counts or (1, 100, 1_000, 10_000)
+    with Lab() as lab:
+        world = new_world(lab)
+        print(f"making {max(counts) - 1} keys", flush=True)
+        keys = forged_keys(lab, max(counts) - 1)
+        worlds = {count: server_beside(world, f"clients-{count}") for count in counts}
+        for count, crowded in worlds.items():
+            crowd(crowded, keys[:count - 1])
+            started(crowded)
+        tools = {count: knock_tools(crowded, "")[", kernel"] for count, crowded in worlds.items()}
+        times = measure_tools(world, {str(count): tool for count, tool in tools.items()}, rounds)
+        names = ("clients", "median", "min", "p90", "to the first", "gpg, unseal", "after an edit",
+                 "enrol one", "start", "monitor, MB")
+        print(f"\n{rounds} rounds, by kernel; ms from command start to the first TCP connect")
+        print_row(names, names)
+        base = statistics.median(times[str(counts[0])])
+        for count, crowded in worlds.items():
+            took = times[str(count)]
+            median, memory = statistics.median(took), rss(crowded.tariq.process.pid)
+            figures = (median, min(took), quantile(took, 90), crowded_unseal(crowded),
+                       after_an_edit(crowded), enrolling(crowded), restart(crowded), memory)
+            cells = [f"{figure:.1f}" for figure in figures]
+            print_row(names, [count, *cells[:3], f"{median / base:.2f}", *cells[3:]])
+        print("to the first: 1.3 at most is wanted; gpg, unseal: the server's gpg, by itself;\n"
+              "after an edit: by how much the first knock is longer, as the policy is read anew;\n"
+              "enrol one: `enroll` of a new key; start: from the server's start to its listening")
+
+def crowded_unseal(world, rounds=15):
+    """The median of gpg's time for a knock in ms."""
+    sealed = world.lab.dir / "sealed"
+    sealed.write_bytes(Peer(world).seal().sealed)
+    return statistics.median(unseal_cost(world, sealed) for _ in range(rounds))
+
+def after_an_edit(world, rounds=5):
+    """By how many ms a knock is longer that is the first after an edit of the config."""
+    took = [], []
+    for number in range(2 * rounds):
+        if number % 2:
+            edit(world.conf, ("[server]", f"# edit {number}\n[server]"))
+        took[number % 2].append(milliseconds(lambda: opens(world, "O", "22", transport="kernel")))
+    return statistics.median(took[1]) - statistics.median(took[0])
+
+def enrolling(world, rounds=3):
+    """The median time of `enroll` in ms."""
+    keys = [public_key(f"late{number}@example.com")[1] for number in range(rounds)]
+    took = [milliseconds(lambda key=key: world.lab.tariq(world.server, "enroll", "-c", world.conf,
+                                                         input=key, text=False)) for key in keys]
+    return statistics.median(took)
+
+def restart(world):
+    """ms from a server's start to its listening."""
+    world.tariq.stop()
+    return milliseconds(started, world)
+
+def crowd(world, keys):
+    """Put more clients, (fingerprint, keybox blob) each, into a server's keyring and config: in the
+    keyring between the server's key, which init made first, and the client that knocks."""
+    keybox = world.ring / "pubring.kbx"
+    head, own, *clients = blobs_of(keybox.read_bytes())
+    keybox.write_bytes(b"".join([head, own, *(blob for _, blob in keys), *clients]))
+    with open(world.conf, "a") as config:
+        for number, (key, _) in enumerate(keys):
+            config.write(f"\n[allow client{number}@example.com]\nkey = {key}\n"
+                         "may =\n    O 22/tcp\n    C 22/tcp\n")
+    listing = gpg(world.ring, "--with-colons", "--list-keys").stdout
+    assert len(re.findall("(?m)^pub:", listing)) == len(keys) + 2  # the server's, the client's
+
+def blobs_of(keybox):
+    """The blobs of a keybox file (GnuPG kbx/keybox-blob.c): a header, then one a key. Each begins
+    with its length."""
+    blobs = []
+    while keybox:
+        size = int.from_bytes(keybox[:4], "big")
+        blobs.append(keybox[:size])
+        keybox = keybox[size:]
+    return blobs
+
+IMPORT_AT_ONCE = 100  # keys: for each that it imports, gpg copies the keyring first
+
+def forged_keys(lab, count):
+    """[(fingerprint, the keybox blob that gpg itself made of it)] of so many clients' keys."""
+    made = [public_key(f"client{number}@example.com") for number in range(count)]
+    def imported(start):
+        home = lab.new("import")
+        home.mkdir(mode=0o700)
+        keys = b"".join(key for _, key in made[start:start + IMPORT_AT_ONCE])
+        gpg(home, "--no-autostart", "--no-auto-check-trustdb", "--import", input=keys, text=False)
+        return blobs_of((home / "pubring.kbx").read_bytes())[1:]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blobs = [*itertools.chain(*pool.map(imported, range(0, count, IMPORT_AT_ONCE)))]
+    assert len(blobs) == count
+    return [(key, blob) for (key, _), blob in zip(made, blobs)]
+
+def public_key(user):
+    """A transferable public key (RFC 4880, 6637; the curves as GnuPG writes them): Ed25519 to sign,
+    Curve25519 to encrypt, one user id, both signatures right -> (fingerprint, bytes). gpg itself
+    would take 100 times as long to make one."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+    def number(value):  # a multiprecision integer
+        value = value.lstrip(b"\0")
+        return struct.pack(">H", len(value) * 8 - 8 + value[0].bit_length()) + value
+    def packet(tag, body):
+        size = len(body)  # up to 8383 bytes
+        length = bytes([size]) if size < 192 else struct.pack(">H", size - 192 + (192 << 8))
+        return bytes([0xC0 | tag]) + length + body
+    def sub(kind, value):
+        return bytes([len(value) + 1, kind]) + value
+    def to_hash(body):
+        return b"\x99" + struct.pack(">H", len(body)) + body
+    def signature(kind, flags, signed, more=b""):
+        hashed = sub(2, made) + sub(33, b"\4" + key) + sub(27, flags) + more
+        head = bytes([4, kind, 22, 8]) + struct.pack(">H", len(hashed)) + hashed  # EdDSA, SHA-256
+        digest = hashlib.sha256(signed + head + b"\4\xff" + struct.pack(">I", len(head))).digest()
+        r_and_s, issuer = private.sign(digest), sub(16, key[-8:])
+        return packet(2, head + struct.pack(">H", len(issuer)) + issuer + digest[:2]
+                      + number(r_and_s[:32]) + number(r_and_s[32:]))
+    private, made = Ed25519PrivateKey.generate(), struct.pack(">I", int(time.time()) - 60)
+    point = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    # Version 4; algorithm and the curve's object identifier; a point, compressed.
+    own = b"\4" + made + bytes.fromhex("16092b06010401da470f01") + number(b"\x40" + point)
+    other = (b"\4" + made + bytes.fromhex("120a2b060104019755010501")
+             + number(b"\x40" + os.urandom(32)) + b"\3\1\x08\7")  # any 32 bytes; how to derive keys
+    key, name = hashlib.sha1(to_hash(own)).digest(), user.encode()
+    preferred = sub(11, b"\x09\x08\x07") + sub(21, b"\x0a\x09\x08") + sub(30, b"\1")
+    certified = to_hash(own) + b"\xb4" + struct.pack(">I", len(name)) + name
+    return key.hex().upper(), b"".join((
+        packet(6, own), packet(13, name), signature(0x13, b"\3", certified, preferred),
+        packet(14, other), signature(0x18, b"\x0c", to_hash(own) + to_hash(other))))
+
+# == load: knocks that are sealed beforehand, as many as the server finishes ==
+
+ADDRESSES = [f"198.51.100.{number}" for number in range(40, 240)]  # from which they come
+PORTS = 22, 53, 8022, 9022  # doors an address may have: each knock is to open one of its own
+UNDER_WAY = 12  # knocks at once: the server takes up to 16 unanswered ones of an address
+REPEAT = 1.0  # seconds after which a knock is sent again
+
+class Prepared(Peer):
+    """A knock that is sealed beforehand, from one of the client's addresses, whose socket waits
+    for nothing."""
+
+    def __init__(self, world, conf, address, port):
+        super().__init__(world, "O", f"{port}/tcp", conf=conf)
+        self.socket.bind((address, 0))
+        self.socket.setblocking(False)
+        self.began = self.sent = self.ended = None
+        self.result, self.repeats = None, -1
+
+    def begin(self, now):
+        self.began, self.sent, self.repeats = self.began or now, now, self.repeats + 1
+        self.send(self.frames())
+
+    def go_on(self):
+        """Take what has come."""
+        with suppress(BlockingIOError):
+            payload = self.socket.recv(2048)
+            result = open_frame(self.reply_key, b"result", payload)
+            challenge = open_frame(self.reply_key, b"challenge", payload)
+            if challenge:
+                self.answer(challenge[:32])
+            elif result and not self.ended:
+                self.result, self.ended = result, time.monotonic()
+
+def prepare(world, clients, count):
+    """So many knocks, sealed, of all the clients in turn, each for a door of its own."""
+    doors = itertools.islice(itertools.product(PORTS, ADDRESSES), count)
+    knocks = [Prepared(world, conf, address, port)
+              for conf, (port, address) in zip(itertools.cycle(clients), doors)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [*pool.map(Prepared.seal, knocks)]
+
+def knocks_world(lab, clients=8):
+    """A world whose client host has many addresses, with so many enrolled clients -> (world, their
+    configs)."""
+    world = new_world(lab)
+    for address in ADDRESSES:
+        world.client.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
+    allow = "O " + " ".join(map(str, PORTS)),
+    return world, [second_client(world, f"client{number}", allow) for number in range(clients)]
+
+def send_knocks(knocks, rate=None, patience=10.0, repeats=True):
+    """Send knocks, at a rate or as they are finished, UNDER_WAY at once; returns when all are, or
+    after patience seconds without a result."""
+    waiting, under_way, poll = collections.deque(knocks), {}, select.poll()
+    began = last = time.monotonic()
+    while (waiting or under_way) and (now := time.monotonic()) - last < patience:
+        if rate:
+            due = int((now - began) * rate) + 1 - (len(knocks) - len(waiting))
+        else:
+            due = UNDER_WAY - len(under_way)
+        for _ in range(min(due, len(waiting))):
+            knock = waiting.popleft()
+            under_way[knock.socket.fileno()] = knock
+            poll.register(knock.socket, select.POLLIN)
+            knock.begin(now)
+            last = now
+        for number, _ in poll.poll(2 if rate else 100):  # ms
+            knock = under_way[number]
+            knock.go_on()
+            if knock.ended:
+                last = knock.ended
+                poll.unregister(number)
+                del under_way[number]
+        for knock in under_way.values():
+            if repeats and now - knock.sent > REPEAT:
+                knock.begin(now)
+
+def agent_of(ring):
+    """The pid of a keyring's gpg-agent."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            words = proc(pid, "cmdline").split("\0")
+            if words[0].endswith("gpg-agent") and str(ring) in words:
+                return int(pid)
+    raise ProcessLookupError(f"no gpg-agent of {ring}")
+
+def cpu_seconds(world):
+    """Seconds of CPU since the start of each: the server's parts, this process; and what the
+    machine had left."""
+    def spent(pid):  # its own, and that of its children that have ended
+        ticks = [*map(int, proc(pid, "stat").rpartition(")")[2].split()[11:15])]
+        return sum(ticks[:2]) / CLOCK_TICKS, sum(ticks[2:]) / CLOCK_TICKS
+    monitor, firewall = spent(world.tariq.process.pid)
+    listener, unseal = spent(world.tariq.listener)
+    agent, _ = spent(agent_of(world.ring))
+    all_of_it = [*map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])]
+    return collections.Counter({
+        "gpg": unseal, "gpg-agent": agent, "listener": listener, "monitor": monitor,
+        "firewall": firewall, "sender": time.process_time(),
+        "left": (all_of_it[3] + all_of_it[4]) / CLOCK_TICKS,  # idle, and waiting for a disk
+        "machine": sum(all_of_it) / CLOCK_TICKS, "time": time.monotonic()})
+
+def bench_load(count=800, clients=8):
+    """Authentic knocks a second that the server alone finishes: clients' gpg ran beforehand."""
+    with Lab() as lab:
+        world, configs = knocks_world(lab, clients)
+        started(world)
+        Prepared(world, configs[0], world.client.ip, PORTS[0]).knock()  # the warm-up
+        knocks = prepare(world, configs, count)
+        pids = world.tariq.listener, world.tariq.process.pid
+        before, memory = cpu_seconds(world), [rss(pid) for pid in pids]
+        send_knocks(knocks)
+        spent = cpu_seconds(world)
+        spent.subtract(before)
+        after = [rss(pid) for pid in pids]
+    print(f"\n{count} knocks of {clients} clients, sealed beforehand, each for a door of its own, "
+          f"{UNDER_WAY} at once")
+    done = show_load(knocks)
+    show_cpu(spent, done)
+    print("  memory, MB: " + ", ".join(
+        f"{name} {start:.1f} -> {end:.1f}"
+        for name, start, end in zip(("listener", "monitor"), memory, after)))
+
+def show_load(knocks):
+    """Print how many were finished, and how fast; returns how many."""
+    done = [knock for knock in knocks if knock.ended]
+    refused = sum(not knock.result[0] for knock in done)
+    took = [(knock.ended - knock.began) * 1e3 for knock in done] or [0]
+    first = knocks[0].began
+    lasted = max((knock.ended - first for knock in done), default=1)
+    print(f"{len(done)} finished in {lasted:.1f} s: {len(done) / lasted:.1f} a second (wanted: 40);"
+          f" {refused} refused; {sum(knock.repeats for knock in knocks)} sent again")
+    print(f"  a knock: {statistics.median(took):.0f} ms (median), {max(took):.0f} ms (longest)")
+    fifths = collections.Counter(int((knock.ended - first) * 5 / lasted) for knock in done)
+    rates = [f"{fifths[part] * 5 / lasted:.1f}" for part in range(5)]  # the last one falls out
+    print(f"  a second, in each fifth of the time: {', '.join(rates)}")
+    return max(1, len(done))
+
+def show_cpu(spent, done):
+    """Print the CPU of each part of the server, per knock, and what that limits it to."""
+    parts = "gpg", "gpg-agent", "listener", "monitor", "firewall"
+    total, cores = sum(spent[part] for part in parts), os.cpu_count()
+    print(f"  {'':10} {'ms of CPU a knock':>18} {'of a core':>10}")
+    for part in (*parts, "sender"):
+        print(f"  {part:10} {spent[part] / done * 1e3:18.2f} {spent[part] / spent['time']:10.1%}")
+    others = spent["machine"] - spent["left"] - total - spent["sender"]
+    print(f"  of the machine's time {spent['left'] / spent['machine']:.0%} was left, and "
+          f"{others / spent['machine']:.0%} went to the kernel, for packets, and other programs")
+    limits = {f"{cores} cores": total / cores, "the listener, a core": spent["listener"],
+              "monitor and firewall, in turn": spent["monitor"] + spent["firewall"]}
+    for name, seconds in limits.items():
+        if seconds:
+            print(f"  by the CPU of {name}: {done / seconds:.0f} a second at most")
+
+# == flood: knocks while garbage comes in at the right ports ==
+
 GARBAGE = 900  # bytes of payload, as a real fragment has
 POOL = 4096  # different frames, made beforehand: making them costs more than sending them
 FLOOD_LONGEST = 240  # seconds; a sender ends by itself even when nobody stops it
 BATCH = 0.001  # seconds between bursts: a sleep for each packet would cost more than the packet
+OFFERED, OFFERED_FOR = 30, 3  # authentic knocks a second, as OpenSPA's author has them; seconds
+IN_TIME = 1.0  # seconds in which one of them has to be answered
 
 def garbage_syn(link, source, destination, port, size=GARBAGE):
     """A SYN with random payload and right checksums: a wrong one would spare the server work."""
@@ -3656,64 +4499,276 @@ def part_flood(link, source, destination, ports, rate):
             place, due = (place + done) % POOL, due - done
         time.sleep(max(0, began + now + BATCH - time.monotonic()))
 
+@contextmanager
+def flood(world, source, rate):
+    """Garbage from the other host meanwhile. Yields a Counter, which has afterwards: packets by the
+    interfaces, seconds, CPU."""
+    server, attacker = world.server, world.other
+    ports = ",".join(map(str, world.ports))
+    words = link_header(attacker, server).hex(), source, server.ip, ports, rate
+    sender = attacker.popen(sys.executable, HERE / "test_tariq.py", "flood-sender", *words,
+                            stdin=PIPE, stdout=PIPE)
+    sender.stdout.readline()  # its frames are made
+    def counters():
+        sent, got = (link_state(host)["stats64"] for host in (attacker, server))
+        return collections.Counter(sent=sent["tx"]["packets"], got=got["rx"]["packets"],
+                                   **cpu_seconds(world))
+    before, counted = counters(), collections.Counter()
+    try:
+        yield counted
+        counted.update(counters())
+        counted.subtract(before)
+        if sender.poll() is not None:
+            print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: "
+                  "the next row is too good")
+    finally:
+        sender.communicate()
+
 def knock_once(world):
     """A door that is shut, opened and gone through -> the time of the opening in ms, or None where it failed."""
+    def is_open():
+        return any(f"-s {world.client.ip}/32" in rule for rule in world.server.rules())
     for _ in range(3):
-        if world.server.rules():
+        if is_open():
             knock(world, "C", "22", transport="kernel")
-    began, shut = time.perf_counter(), not world.server.rules()
+    began, shut = time.perf_counter(), not is_open()
     done = knock(world, transport="kernel")
     took = (time.perf_counter() - began) * 1e3
     return took if shut and done.returncode == 0 and world.client.connects(world.server.ip, timeout=3) else None
 
-def flooded(world, source, rate, knocks):
-    """Knocks during a flood -> ([ms or None], what was counted meanwhile: packets by the interfaces, seconds)."""
-    server, attacker = world.server, world.other
-    words = link_header(attacker, server).hex(), source, server.ip, ",".join(map(str, world.ports)), rate
-    sender = attacker.popen(sys.executable, HERE / "test_tariq.py", "flood-sender", *words, stdin=PIPE, stdout=PIPE)
-    sender.stdout.readline()  # its frames are made
-    def counters():  # seconds of CPU: gpg and iptables are processes of their own and do not count
-        sent, got = link_state(attacker)["stats64"]["tx"]["packets"], link_state(server)["stats64"]["rx"]["packets"]
-        ticks = map(int, proc(world.tariq.listener, "stat").rpartition(")")[2].split()[11:13])
-        return collections.Counter(sent=sent, got=got, cpu=sum(ticks) / os.sysconf("SC_CLK_TCK"), time=time.monotonic())
-    before = counters()
-    times = [knock_once(world) for _ in range(knocks)]
-    counted = counters() - before
-    if sender.poll() is not None:
-        print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: the next row is too good")
-    sender.communicate()
-    return times, counted
+FLOOD_COLUMNS = ("asked/s", "sent/s", "got/s", f"of {OFFERED}", "median", "longest", "CPU", "left",
+                 "opened", "median", "longest", "CPU", "listener", "monitor")
 
 def bench_flood(*rates, knocks=20):
-    """Knocks of an ordinary user while garbage comes in at each rate, half from one address, half from many."""
+    """Authentic knocks while garbage comes in at each rate, half of the time from one address, half
+    from many: OFFERED a second, sealed beforehand and sent once, then a few of an ordinary user,
+    whose client repeats what is lost."""
+    with Lab() as lab:
+        world, configs = knocks_world(lab, 4)
+        started(world)
+        knock_once(world)  # the warm-up
+        print(f"\nof {OFFERED}: knocks offered each second, for {OFFERED_FOR} s with garbage from "
+              f"one\naddress and as long from {POOL}, sealed beforehand, sent once: those that had "
+              f"their\nresult within {IN_TIME:.0f} s; opened: by an ordinary client, of {knocks}; "
+              "times in ms;\nCPU: the listener's, of a core; left: of the machine, which sends the "
+              "garbage, too;\nmemory in MB")
+        print_row(FLOOD_COLUMNS, FLOOD_COLUMNS)
+        for rate in rates or (0, 1_000, 2_000, 100_000, 200_000, 300_000):
+            print_row(FLOOD_COLUMNS, flood_row(world, configs, rate, knocks))
+
+def flood_row(world, configs, rate, knocks):
+    """One rate's cells."""
+    offered, opened, memory = [], [], []
+    alone, beside = collections.Counter(), collections.Counter()
+    for source in world.other.ip, "many":
+        world.tariq.stop()  # a server that has no door open yet: else each knock closes one first
+        started(world)
+        prepared = prepare(world, configs, OFFERED * OFFERED_FOR)
+        with flood(world, source, rate) as counted:
+            send_knocks(prepared, OFFERED, patience=2 * IN_TIME, repeats=False)
+        offered, alone = offered + prepared, alone + counted
+        with flood(world, source, rate) as counted:
+            opened += [knock_once(world) for _ in range(knocks // 2)]
+        beside += counted
+        memory.append([rss(pid) for pid in (world.tariq.listener, world.tariq.process.pid)])
+    times = [(knock.ended - knock.began) * 1e3 for knock in offered if knock.ended]
+    answered = sum(took <= IN_TIME * 1e3 for took in times) * OFFERED / len(offered)
+    took = [took for took in opened if took]
+    def longest(times):
+        return [f"{statistics.median(times):.0f}", f"{max(times):.0f}"] if times else ["-", "-"]
+    return [rate, *(f"{alone[name] / alone['time']:.0f}" for name in ("sent", "got")),
+            f"{answered:.1f}", *longest(times), f"{alone['listener'] / alone['time']:.0%}",
+            f"{alone['left'] / alone['machine']:.0%}", f"{len(took)}/{len(opened)}", *longest(took),
+            f"{beside['listener'] / beside['time']:.0%}",
+            *(f"{most:.1f}" for most in map(max, zip(*memory)))]
+
+# == timing: what a stranger can measure, with and without a Tariq that runs ==
+
+BLOCKS = 25  # times that the server is started and stopped: what drifts meanwhile is in both alike
+PUBLIC = 443  # a port that everybody may reach
+ANSWERER = f"""
+import socket
+with socket.create_server(("", {PUBLIC}), backlog=64) as listening:
+    while True:
+        listening.accept()[0].close()
+"""
+
+def bench_timing(samples=5_000):
+    """Round trips that a stranger measures at a host that answers ping and has a public port, while
+    a server runs there and while none does, in turn; and how many answers closed ports give. The
+    stranger has a core of his own: else a listener that wakes up would take his time, as none does
+    on a machine of its own."""
     with Lab() as lab:
         world = new_world(lab)
-        pids = started(world).listener, world.tariq.process.pid
-        knock_once(world)  # the warm-up
-        print(f"\n{knocks} knocks a row; opened: with garbage from one address + from {POOL}; time: start to exit;")
-        print("CPU of the listener in % of one core; resident memory in MB before and after")
-        print(f"{'wanted/s':>8} {'sent/s':>8} {'got/s':>8} {'opened':>14} {'median':>8} {'max':>8} {'CPU':>6} "
-              f"{'listener, MB':>14} {'monitor, MB':>14}", flush=True)
-        for rate in rates or (1_000, 10_000, 50_000, 100_000):
-            before = [rss(pid) for pid in pids]
-            (one, counted), (many, more) = (flooded(world, source, rate, knocks // 2)
-                                            for source in (world.other.ip, "many"))
-            memory, total = [f"{start:.1f} -> {rss(pid):.1f}" for start, pid in zip(before, pids)], counted + more
-            sent, got, cpu = (total[name] / total["time"] for name in ("sent", "got", "cpu"))
-            times = [took for took in one + many if took] or [float("nan")]
-            opened = " + ".join(f"{len(half) - half.count(None)}/{len(half)}" for half in (one, many))
-            print(f"{rate:8} {sent:8.0f} {got:8.0f} {opened:>14} {statistics.median(times):5.0f} ms "
-                  f"{max(times):5.0f} ms {cpu:6.1%} {memory[0]:>14} {memory[1]:>14}", flush=True)
+        server, stranger = world.server, world.other
+        for match in f"tcp --dport {PUBLIC}", "icmp --icmp-type echo-request":
+            server.run("iptables", "-A", "INPUT", "-p", *match.split(), "-j", "ACCEPT")
+        core, *_, servers_core = sorted(os.sched_getaffinity(0)) * 2
+        pin(server.popen(sys.executable, "-I", "-c", ANSWERER).pid, servers_core)
+        wait_for(lambda: server.run("ss", "-Hltn", f"sport = :{PUBLIC}").stdout, "no public port")
+        link = link_header(stranger, server)
+        other = next(port for port in range(20_000, 30_000) if port not in world.ports)
+        ports = world.ports[0], other
+        garbage = [[garbage_syn(link, stranger.ip, server.ip, port) for _ in range(256)]
+                   for port in ports]
+        measured = {running: [[] for _ in range(4)] for running in (True, False)}
+        answers, block = collections.Counter(), -(-samples // BLOCKS)
+        for number in range(2 * BLOCKS):
+            running = number % 4 in (0, 3)  # with, without, without, with: each is first as often
+            if running:
+                for pid in started(world).listener, world.tariq.process.pid:
+                    pin(pid, servers_core)
+            time.sleep(0.3)  # what starts and stops is done
+            stranger.inside(round_trips, server.ip, garbage, 20, core)  # a warm-up
+            took = stranger.inside(round_trips, server.ip, garbage, block, core)
+            for blocks, times in zip(measured[running], took):
+                blocks.append(times)
+            answers[running] += silence(world, ports, link, block)
+            if running:
+                assert world.tariq.stop() == 0
+    count = block * BLOCKS
+    print(f"\n{count} samples each, in {BLOCKS} blocks with a server and as many without; "
+          "medians in µs")
+    print(f"{'a stranger measures':38}", end="")
+    print_row(KS_COLUMNS, KS_COLUMNS)
+    for place, name in enumerate(("ping", f"connect to port {PUBLIC}",
+                                  "ping behind garbage at a knock's port",
+                                  "ping behind garbage at another port")):
+        show_ks(name, measured[True][place], measured[False][place])
+    show_ks("garbage: a knock's port, another one", measured[True][2], measured[True][3])
+    print("KS: the two-sample Kolmogorov-Smirnov statistic, critical at 1 % "
+          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of one, "
+          f"{critical(count // 2, count // 2):.4f}:\nthey say how far this machine differs by "
+          "itself. In the last row, without is the other port,\nwhile the server runs.")
+    print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and "
+          f"others: {answers[True]} with, {answers[False]} without")
+
+def pin(pid, core):
+    """Let all threads of a process run on one core only."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+def round_trips(address, garbage, count, core):
+    """In the stranger's namespace: µs of a ping, of a connect, of a ping right behind each kind of
+    garbage."""
+    os.sched_setaffinity(0, {core})  # of this thread
+    times = [[] for _ in range(4)]
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp, \
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as wire:
+        icmp.connect((address, 0))
+        icmp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
+        wire.bind(("eth0", 0))
+        for number in range(count):
+            times[0].append(ping(icmp, number))
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                began = time.perf_counter_ns()
+                sock.connect((address, PUBLIC))
+                times[1].append((time.perf_counter_ns() - began) / 1e3)
+            for place in (2, 3) if number % 2 else (3, 2):
+                frame = garbage[place - 2][number % len(garbage[0])]
+                times[place].append(ping(icmp, number, lambda frame=frame: wire.send(frame)))
+    return times
+
+def ping(icmp, number, before=None):
+    """µs from an echo request, and what is sent before it, to its reply."""
+    ident, number = 0x5441, number & 0x7FFF  # so small that the checksum's sum has no carry
+    request = struct.pack(">4H", 0x0800, 0xFFFF - (0x0800 + ident + number), ident, number)
+    began = time.perf_counter_ns()
+    if before:
+        before()
+    icmp.send(request)
+    while (reply := icmp.recv(256)[20:])[:1] != b"\0" or reply[4:8] != request[4:8]:
+        pass  # another's
+    return (time.perf_counter_ns() - began) / 1e3
+
+def silence(world, ports, link, count):
+    """How many packets the server sends when so many SYNs and datagrams come to each port."""
+    from scapy.layers.inet import IP, UDP as Datagram
+    frames = []
+    for port in ports:
+        ip = IP(src=world.other.ip, dst=world.server.ip)
+        datagram = ip / Datagram(sport=4000, dport=port) / os.urandom(GARBAGE)
+        syn = garbage_syn(link, world.other.ip, world.server.ip, port)
+        frames += [syn, link + bytes(datagram)]
+    with captured(world.server, outgoing=True) as sent:
+        inject(world.other, frames, count)
+    return sum(packet.frame[12:14] == b"\x08\0" for packet in sent)  # IPv4: not ARP's
+
+def ks_statistic(one, other):
+    """Kolmogorov's and Smirnov's: the largest distance of two empirical distributions."""
+    one, other = sorted(one), sorted(other)
+    def share(samples, value):
+        return bisect.bisect_right(samples, value) / len(samples)
+    return max(abs(share(one, value) - share(other, value)) for value in (*one, *other))
+
+def critical(one, other):
+    """What the statistic exceeds once in 100 times by chance, of so many independent samples."""
+    return math.sqrt(-math.log(0.01 / 2) / 2) * math.sqrt((one + other) / (one * other))
+
+KS_COLUMNS = "with", "without", "KS", "with/with", "without/without"
+
+def show_ks(name, one, other):
+    """A row: medians and statistic of two kinds of blocks, and the statistic within each kind."""
+    def flat(blocks):
+        return [*itertools.chain(*blocks)]
+    within = [ks_statistic(flat(blocks[::2]), flat(blocks[1::2])) for blocks in (one, other)]
+    medians = [f"{statistics.median(flat(blocks)):.1f}" for blocks in (one, other)]
+    statistic = ks_statistic(flat(one), flat(other))
+    print(f"{name:38}", end="")
+    print_row(KS_COLUMNS, [*medians, *(f"{value:.4f}" for value in (statistic, *within))])
+
+# == observer: what somebody on the path sees of a knock ==
+
+def bench_observer(knocks=10):
+    """The packets of a knock as they pass the client's interface, by each transport and family."""
+    with Lab() as lab:
+        world = new_world(lab)
+        started(world)
+        for transport, where in itertools.product(RATIOS, ("box", "box6")):
+            recorded = []
+            for _ in range(knocks):
+                with captured(world.client) as packets:
+                    opens(world, "O", "22", transport=transport, where=where)
+                ports = {*world.ports}
+                recorded.append([packet for packet in packets
+                                 if ports & {packet.source, packet.port}])
+            family = "IPv6" if where == "box6" else "IPv4"
+            show_observed(world, f"{transport}, {family}", recorded)
+
+def show_observed(world, title, recorded):
+    """Print the first of some knocks packet by packet, and what differs among them."""
+    def show(packet):
+        flags = "".join(name for bit, name in enumerate("FSRPAU") if packet.flags >> bit & 1)
+        port = world.ports.index(packet.port if packet.outgoing else packet.source) + 1
+        way = "->" if packet.outgoing else "<-"
+        return (f"{way} port {port} {flags or 'UDP':3} {len(packet.frame) - 14:5} "
+                f"{len(packet.payload):5}")
+    first = recorded[0]
+    print(f"\n{title}: {len(first)} packets\n     ms  way         IP bytes, of payload")
+    for packet in first:
+        print(f"{(packet.time - first[0].time) * 1e3:7.2f}  {show(packet)}")
+    shapes = collections.Counter(tuple(map(show, packets)) for packets in recorded)
+    payloads = {len(packet.payload) for packets in recorded for packet in packets} - {0}
+    lasted = [(packets[-1].time - packets[0].time) * 1e3 for packets in recorded]
+    sizes = ", ".join(map(str, sorted(payloads)))
+    print(f"  of {len(recorded)} knocks {shapes.most_common(1)[0][1]} looked like the commonest; "
+          f"payloads of {sizes} bytes;\n  from the first packet to the last {min(lasted):.0f} to "
+          f"{max(lasted):.0f} ms")
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 def main():
     name, *arguments = sys.argv[1:] or ["test"]
-    benches = {"latency": bench_latency, "flood": bench_flood}
+    benches = {"latency": bench_latency, "clients": bench_clients, "load": bench_load,
+               "flood": bench_flood, "timing": bench_timing, "observer": bench_observer}
     if name == "flood-sender":
         return part_flood(*arguments)
     if name == "demo":
         return demo()
+    if name == "machine":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing behind
+        return machine()
     if name == "bench":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` too shall leave no namespace behind
         if arguments and arguments[0] in benches:
