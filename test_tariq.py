@@ -3104,7 +3104,8 @@ def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(lock
 
 def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(locked):
     code, said = knock_on_a_terminal(locked, b"wrong\r")
-    assert code == 65 and b"passphrase" in said, said
+    words = b"tariq: The passphrase of the key in /home/me/.config/tariq/gpg was wrong, or was not given.\r\n"
+    assert code == 65 and said.endswith(words), said
     done = locked.knock("O", "22", check=False, start_new_session=True)
     assert done.returncode == 65 and "there is no terminal" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -3239,7 +3240,8 @@ def test_the_words_for_what_is_missing_on_a_machine(box):
                                  ("scapy", "python3-scapy", dict(transport="crafted"))):
         reads(knock(box, change=f"sys.modules['{module}'] = None", **how), 69,
               f"{module} is missing on this machine: apt-get install {package}")
-    reads(box.client.run(*without(box, "gpg"), *as_user(NOBODY), *knock_words(box), check=False), 69,
+    user = "env", f"PATH={tariq.PATH}", *as_user(NOBODY)  # of this machine's may not be for nobody
+    reads(box.client.run(*without(box, "gpg"), *user, *knock_words(box), check=False), 69,
           "gpg is missing on this machine: apt-get install gnupg")
 
 def without(world, program):
@@ -3314,6 +3316,79 @@ def test_a_start_that_finds_all_well_logs_four_lines_at_most_and_a_knock_what_it
         fails(idle, REFUSED, "", "O", "99")
         assert server.log.removeprefix(before).splitlines() \
             == [f"me@laptop {idle.client.ip} O 99/tcp: refused: you may not O 99/tcp here."]
+
+def test_the_words_of_the_log_for_a_knock_that_gets_no_answer(idle):
+    """Each is explained in the README, where people look who got none."""
+    def logged(line, shown, *sent):
+        """What is sent draws this line and no other one; the README shows so much of it."""
+        before, count = server.log, server.log.count("\n")
+        for peer, frames in sent:
+            peer.send(frames)
+        wait_for(lambda: server.log.count("\n") > count, f"nothing is logged, but should: {line}")
+        said = server.log.removeprefix(before)
+        assert re.fullmatch(re.escape(f"listener: {idle.client.ip}{line}\n").replace(r"\*", ".*"), said), said
+        assert in_the_readme(shown)
+    refused = ": knock refused: the signer's key, "
+    for name in ("unknown", "revoked", "expired"):
+        second_client(idle, name)
+    rings = {name: (idle.lab.dir / name / "gpg", f"{name}@example.com") for name in ("unknown", "revoked", "expired")}
+    keys = {name: fingerprint(*of) for name, of in rings.items()}
+    revocation = (rings["revoked"][0] / "openpgp-revocs.d" / f"{keys['revoked']}.rev").read_text()
+    gpg(idle.ring, "--delete-keys", keys["unknown"])
+    gpg(idle.ring, "--import", input=revocation.replace(":-----BEGIN", "-----BEGIN"))
+    gpg(idle.ring, *at_time(86400), "--quick-set-expire", keys["expired"], "seconds=1", check=False)
+    with serving(idle, program=idle.lab.program("tariq.ANSWER_TIME = 1")) as server:
+        late = Peer(idle).seal()
+        logged(" sent an authentic frame of * s from now: its clock or this one is wrong, or it is a recording.",
+               "sent an authentic frame of 300 s", (late, late.frames(-300)[:1]))
+        old = Peer(idle)
+        old.seal(None, *at_time(-700), "--ignore-time-conflict", "--ignore-valid-from", "-u", f"<{old.user}>", "-s", "-e")
+        logged(": knock refused: me@laptop signed it * s ago, and 600 is the most: set the clocks. ",
+               "s ago, and 600 is the most: set the clocks.", (old, old.frames()))
+        junk = Peer(idle).seal(b"x", "-e")
+        logged(": knock refused: not one encrypted message with one valid signature. *",
+               "knock refused: not one encrypted message with one valid signature.", (junk, junk.frames()))
+        deaf = Peer(idle).seal()
+        logged(": me@laptop got a challenge, and did not answer it: the replies or the answers are lost on the way, or "
+               "somebody else is.", "me@laptop got a challenge, and did not answer it: ...", (deaf, deaf.frames()))
+        for name, line, shown in (
+                ("unknown", f"{keys['unknown'][-16:]}, or a new subkey of it is not in the server's keyring: enroll it. *",
+                 "is not in the server's keyring"), ("revoked", "revoked@example.com, is revoked. *", "is revoked")):
+            peer = Peer(idle, conf=idle.lab.dir / name / "tariq.conf").seal()
+            logged(f"{refused}{line}", shown, (peer, peer.frames()))
+
+def test_the_words_of_the_log_for_a_config_that_was_changed(box):
+    text, opened = box.conf.read_text(), rf"me@laptop {box.client.ip} O 22/tcp: opened .*\n"
+    for change, line in (("[", f"{box.conf} is no INI file: it needs [section] or key = value in each line, and every "
+                          "section and key once. The config from before this change holds."),
+                         ("[server", f"{box.conf} is no INI file: it needs [section] or key = value in each line, and "
+                          "every section and key once. The config from before this change holds."),
+                         ("[allow bob]\nkey = 1\n", f"{box.conf}: [allow bob] key has to be a key's fingerprint: 40 "
+                          "hexadecimal digits without spaces.")):
+        before = box.tariq.log
+        box.conf.write_text(f"{text}\n{change}")
+        opens(box), opens(box)
+        assert box.tariq.log.removeprefix(before).splitlines()[0] == line
+        assert box.tariq.log.removeprefix(before).count(line) == 1, "once a change"
+
+def test_the_words_of_init_and_check(site, remote, laptop):
+    again = remote.shell("sudo tariq.py init 2>&1").stdout.splitlines()
+    assert again == ["There is no systemd here: let /usr/local/bin/tariq.py server run as root, also after a reboot.",
+                     "Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | ssh root@box tariq.py enroll "
+                     '--allow "O 22" | tariq.py join box']
+    type_enroll(remote, laptop)
+    assert len(remote.shell("sudo tariq.py init 2>&1").stdout.splitlines()) == 1, "a client is there: no next step"
+    remote.serve()
+    well = ["The key of [server] is good, and expires: never.", "The key of [allow me@laptop] is good, and expires: never.",
+            "iptables: INPUT leads to the doors, and drops the rest.",
+            "ip6tables: INPUT leads to the doors, and drops the rest."]
+    assert remote.shell("sudo tariq.py check 2>&1").stdout.splitlines() == well
+    remote.shell("sudo sed -i 's/^key = .*/key = 1/; s/^may =/mai =/' /etc/tariq/tariq.conf")
+    done = remote.shell("sudo tariq.py check 2>&1", check=False)
+    start = "FAULT: /etc/tariq/tariq.conf: [allow me@laptop] "
+    assert done.returncode == 78 and done.stdout.splitlines() == [
+        well[0], *well[2:], f"{start}key has to be a key's fingerprint: 40 hexadecimal digits without spaces.",
+        f"{start}mai is no key that can stand here."]
 
 COMMANDS = ("init", "check", "hide", "server", "keygen", "enroll", "join", "knock")
 
