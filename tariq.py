@@ -99,7 +99,8 @@ def as_fault(error):
         return error
     if isinstance(error, ImportError):
         return missing(str(error.name).partition(".")[0])
-    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
+    if isinstance(error, (FileNotFoundError, PermissionError)) \
+            and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
         return Fault(USAGE, str(error))
@@ -732,6 +733,8 @@ class Exchange:
     def answer(self, challenge, sock):
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
         own, seen, wanted = self.route.own, challenge.seen, self.client.address
+        if wanted != "any" and (":" in wanted) != (":" in seen):
+            wanted = ""  # an address says nothing of the other family
         if wanted:
             right = wanted == "any" or seen in (wanted, own)
         else:
@@ -1475,6 +1478,8 @@ class Commands:
     def __init__(self, config):
         self.chain = "commands"  # in the name of the server's lock
         self.opening, self.closing = config.get("open_command"), config.get("close_command")
+        if ("{net}" in self.opening) != ("{net}" in self.closing):
+            raise Fault(CONFIG, "open_command and close_command need the same of {ip} and {net}.")
 
     def prepare(self):
         if "{until}" not in self.opening and "{seconds}" not in self.opening:
@@ -1559,7 +1564,7 @@ def try_hiding(config, firewall, ports):
     firewall.public_ports = ports
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
         signal.signal(number, signal.default_int_handler)
-    kept, before = False, packets_in(firewall)
+    came_in, kept, before = False, False, packets_in(firewall)
     try:
         hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         hidden = [port for port in listening_ports() if port not in ports]
@@ -1567,14 +1572,15 @@ def try_hiding(config, firewall, ports):
             f". Public as before: {' '.join(ports) or 'none'}. All else is dropped.")
         log("Now, in another terminal, on a client: knock (O 22), then connect (ssh).")
         end = monotonic() + TRIAL
-        while monotonic() < end and not kept:
+        while monotonic() < end and not came_in:
             time.sleep(1)
             now = packets_in(firewall)
-            kept = any(count > before.get(rule, 0) for rule, count in now.items())
+            came_in = any(count > before.get(rule, 0) for rule, count in now.items())
             before = now
-        if kept:
+        if came_in:
             set_public_ports(config.path, ports)
             hide(firewall)
+            kept = True
     finally:
         if not kept:
             unhide(config, firewall)
@@ -1594,7 +1600,7 @@ def hide(firewall, limit=""):
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
-    if "public_ports" in config.values["server"]:
+    if config.ini.has_option("server", "public_ports"):
         set_public_ports(config.path, None)
     for family in IPTABLES:
         try:
@@ -1938,6 +1944,17 @@ def packet_socket(ports):
         raise OSError(ctypes.get_errno(), "the packet socket cannot be bound")
     return packets
 
+# linux/capability.h: what the server's parts need; a container may have less.
+CAPABILITIES = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_NET_ADMIN": 12,
+                "CAP_NET_RAW": 13}
+
+def need_capabilities():
+    with open("/proc/self/status", encoding="ascii") as file:
+        effective = int(re.search(r"(?m)^CapEff:\s*(\w+)", file.read())[1], 16)
+    if lacking := [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]:
+        raise Fault(SYSTEM, f"This container or service lacks {', '.join(lacking)}, which a server "
+                            "needs.")
+
 def cmd_server(options):
     """Listen for knocks, as root: this is what the service runs. SIGTERM ends it and closes every
     door. Example:
@@ -1945,6 +1962,7 @@ def cmd_server(options):
         sudo tariq.py server"""
     notify_socket = os.environ.get("NOTIFY_SOCKET", "")
     need_root()
+    need_capabilities()
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
