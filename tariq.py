@@ -1600,8 +1600,7 @@ def hide(firewall, limit=""):
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
-    if config.ini.has_option("server", "public_ports"):
-        set_public_ports(config.path, None)
+    set_public_ports(config.path, None)
     for family in IPTABLES:
         try:
             rules = firewall.rules(family, "INPUT")
@@ -2078,7 +2077,8 @@ def set_public_ports(path, ports):
     header, rest = without.split("\n", 1)
     if ports is not None:
         header += f"\npublic_ports = {', '.join(ports) or 'none'}"
-    write_file(path, text.replace(server, f"{header}\n{rest}"))
+    if server != f"{header}\n{rest}":
+        write_file(path, text.replace(server, f"{header}\n{rest}"))
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
