@@ -510,17 +510,12 @@ def idle(kept):
 @pytest.fixture
 def box(kept):
     """The world with a running server and every door closed, before and after."""
-    def closed():
-        for program in ("iptables", "ip6tables"):
-            kept.server.run(program, "-F", "tariq")
     if not kept.tariq or kept.tariq.process.poll() is not None:
         started(kept)
-    closed()
     before = len(kept.tariq.log)
     yield kept
     assert kept.tariq.process.poll() is None, kept.tariq.log
-    closed()
-    if ": opened " in kept.tariq.log[before:]:  # it remembers doors, which it would speak of to others
+    if ": opened " in kept.tariq.log[before:]:  # what it remembers is no other test's
         assert kept.tariq.stop() == 0
         kept.tariq = None
 
@@ -1371,9 +1366,9 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
     certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{ids[gone]}.rev").read_text()  # gpg makes one for each
     gpg(box.ring, "--import", input=certificate.replace(":-----BEGIN", "-----BEGIN"))
     time.sleep(1.5)
-    for path, words in ((unknown, f"key {ids[unknown][-16:]}, is not in the server's keyring"),
-                        (late, "expired@example.com, is expired"), (gone, "revoked@example.com, is "
-                        "revoked")):
+    not_there = f"{ids[unknown][-16:]}, or a new subkey of it is not in the server's keyring"
+    for path, words in ((unknown, not_there), (late, "expired@example.com, is expired"),
+                        (gone, "revoked@example.com, is revoked")):
         seen = box.tariq.log.count("knock refused")
         with captured(box.server, outgoing=True) as packets:
             fails(box, NO_ANSWER, "No answer from box", conf=path, timeout=2)
@@ -1749,7 +1744,7 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
         path = write(box.lab.new("variant"), text.replace(old, new), mode=0o600 if old != new else 0o644)
         done = box.lab.tariq(box.other, "server", "-c", path, check=False)
         lines = [line for line in done.stderr.splitlines() if line.startswith("tariq: ")]
-        assert done.returncode == code and len(lines) == 1 and words in lines[0], (new, done)
+        assert done.returncode == code and len(lines) == 1 and words in done.stderr, (new, done)
     for command in ("server", "init", "enroll"):
         done = box.lab.tariq(box.other, command, "-c", box.conf, user=NOBODY, check=False)
         assert done.returncode == 71 and "needs root: sudo" in done.stderr and done.stderr.count("\n") == 1
@@ -2104,8 +2099,8 @@ def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_pa
         number, = [number for number, link in descriptors(server.listener).items() if row[8] in link]
         pidfd_getfd = ctypes.CDLL(None).syscall(438, os.pidfd_open(server.listener), number, 0)
         with socket.socket(fileno=pidfd_getfd) as sock:
-            size, locked = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_RCVBUF, 44))
-            assert size == 8 << 20 and locked == 1
+            size, is_locked = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_RCVBUF, 44))
+            assert size == 8 << 20 and is_locked == 1
             with pytest.raises(PermissionError):
                 sock.setsockopt(socket.SOL_SOCKET, 27, 0)  # SO_DETACH_FILTER
         os.kill(server.listener, signal.SIGSTOP)  # so that what passes the filter stays to be counted
@@ -2385,7 +2380,9 @@ def nothing_happens(world, server, program=None, ahead=0):
             all_is_handled(world, server, ahead)
         sent = [each for each in packets if each.frame[12:14] == b"\x08\0" or each.flags is not None]
         assert sent == [] and state() == before
-        assert server.log.removeprefix(log).count("\n") == 1, "more than the junk's line"
+        said = server.log.removeprefix(log)  # once a minute it says that old frames come
+        assert re.fullmatch(r"(listener: \S+ sent an authentic frame of .*\n)?"
+                            r"listener: .* knock refused: .*\n", said), said
         assert len(set(re.findall(r"(?m)^\d+", trace.read_text()))) == 1, "more than the junk's gpg"
         assert trace.read_text().count("gpg") >= 1
         opens(world, "E", "echo", "still there", program=program)  # and the measuring measures
@@ -4489,7 +4486,7 @@ def public_key(user):
 # == load: knocks that are sealed beforehand, as many as the server finishes ==
 
 ADDRESSES = [f"198.51.100.{number}" for number in range(40, 240)]  # from which they come
-PORTS = 22, 53, 8022, 9022  # doors an address may have: each knock is to open one of its own
+DOOR_PORTS = 22, 53, 8022, 9022  # doors an address may have: each knock is to open one of its own
 UNDER_WAY = 12  # knocks at once: the server takes up to 16 unanswered ones of an address
 REPEAT = 1.0  # seconds after which a knock is sent again
 
@@ -4521,7 +4518,7 @@ class Prepared(Peer):
 
 def prepare(world, clients, count):
     """So many knocks, sealed, of all the clients in turn, each for a door of its own."""
-    doors = itertools.islice(itertools.product(PORTS, ADDRESSES), count)
+    doors = itertools.islice(itertools.product(DOOR_PORTS, ADDRESSES), count)
     knocks = [Prepared(world, conf, address, port)
               for conf, (port, address) in zip(itertools.cycle(clients), doors)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -4533,7 +4530,7 @@ def knocks_world(lab, clients=8):
     world = new_world(lab)
     for address in ADDRESSES:
         world.client.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
-    allow = "O " + " ".join(map(str, PORTS)),
+    allow = "O " + " ".join(map(str, DOOR_PORTS)),
     return world, [second_client(world, f"client{number}", allow) for number in range(clients)]
 
 def send_knocks(knocks, rate=None, patience=10.0, repeats=True):
@@ -4593,7 +4590,7 @@ def bench_load(count=800, clients=8):
     with Lab() as lab:
         world, configs = knocks_world(lab, clients)
         started(world)
-        Prepared(world, configs[0], world.client.ip, PORTS[0]).knock()  # the warm-up
+        Prepared(world, configs[0], world.client.ip, DOOR_PORTS[0]).knock()  # the warm-up
         knocks = prepare(world, configs, count)
         pids = world.tariq.listener, world.tariq.process.pid
         before, memory = cpu_seconds(world), [rss(pid) for pid in pids]
