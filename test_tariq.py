@@ -2461,13 +2461,14 @@ XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
     def fault(self, name):
         self.flag.write_text(name)
 
-def agent_of(world):
-    """The pid of the gpg-agent of the server's keyring."""
+def agent_of(ring):
+    """The pid of a keyring's gpg-agent."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
-            if re.match(rf"gpg-agent.*{world.ring}\0", proc(pid, "cmdline"), re.S) and alive(pid):
+            words = proc(pid, "cmdline").split("\0")
+            if words[0].endswith("gpg-agent") and str(ring) in words and alive(pid):
                 return int(pid)
-    return None
+    raise ProcessLookupError(f"no gpg-agent of {ring}")
 
 @pytest.mark.parametrize("fault, words", [("dies", "not one encrypted message"), ("junk",
     "not one encrypted message"),
@@ -2488,11 +2489,11 @@ def test_a_knock_fails_when_gpg_fails_and_the_next_one_works(idle, fault, words)
 
 def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
     def kill_agent():
-        with suppress(ProcessLookupError, TypeError):  # there is none at this moment
-            os.kill(agent_of(idle), signal.SIGKILL)
+        with suppress(ProcessLookupError):  # there is none at this moment
+            os.kill(agent_of(idle.ring), signal.SIGKILL)
     with serving(idle, program=idle.lab.program("tariq.UNSEAL_TIME = 10")) as server:
         opens(idle, "O", "23")
-        agent = agent_of(idle)
+        agent = agent_of(idle.ring)
         os.kill(agent, signal.SIGSTOP)  # gpg waits for it now, so that it dies in the middle for sure
         try:
             with knocking(idle, "O", "24") as waits:
@@ -2502,7 +2503,7 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
         finally:
             with suppress(ProcessLookupError):
                 os.kill(agent, signal.SIGKILL)
-        assert agent_of(idle) not in (None, agent)
+        assert agent_of(idle.ring) != agent
         statuses, began = set(), time.monotonic()
         opens(idle, "C", "23")
         usual = time.monotonic() - began
@@ -3507,11 +3508,12 @@ def test_help_has_two_sentences_an_example_that_can_be_typed_and_words_for_each_
         said = sh(sys.executable, TARIQ, command, "--help").stdout
         sentences, examples = re.search(r"(?s)\n\n(.*?) Examples?:\n\n(.*?)\n\n", said).groups()
         assert len(re.split(r"(?<=\.)\s+", sentences)) == 2, sentences
-        for example in examples.splitlines():
-            program, *words = shlex.split(re.sub(" [<>|] .*", "",
-                example.strip().removeprefix("sudo ")))
-            assert program in ("tariq.py", "./tariq.py") and words[0] == command, example
-            tariq.command_line().parse_args(words)  # raises Fault
+        commands = [re.sub(" [<>] .*", "", re.sub(r"^ *(ssh \S+ )?(sudo )?", "", part)).split(None, 1)
+                    for part in re.split(r"[|\n]", re.sub(r"\\\n *", "", examples))]
+        assert any(words.split()[0] == command for _, words in commands), examples
+        for program, words in commands:
+            assert program in ("tariq.py", "./tariq.py"), examples
+            tariq.command_line().parse_args(shlex.split(words))  # raises Fault
         options = re.split(r"(?m)^\w.*:\n", said.split("\n\n", 2)[2])[1:]
         for entry in re.findall(r"(?m)^  (\S.*(?:\n {10,}.*)*)", "".join(options)):
             assert re.search(r"\S\s{2,}\S", entry), f"no words: {entry!r}"
@@ -4559,15 +4561,6 @@ def send_knocks(knocks, rate=None, patience=10.0, repeats=True):
         for knock in under_way.values():
             if repeats and now - knock.sent > REPEAT:
                 knock.begin(now)
-
-def agent_of(ring):
-    """The pid of a keyring's gpg-agent."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            words = proc(pid, "cmdline").split("\0")
-            if words[0].endswith("gpg-agent") and str(ring) in words:
-                return int(pid)
-    raise ProcessLookupError(f"no gpg-agent of {ring}")
 
 def cpu_seconds(world):
     """Seconds of CPU since the start of each: the server's parts, this process; and what the
