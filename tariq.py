@@ -69,7 +69,7 @@ policy; 78 config; 130 interrupted"""
 
 # Where Debian and Ubuntu have what a minimal machine of theirs may lack.
 PACKAGES = {"gpg": "gnupg", "iptables": "iptables", "ip6tables": "iptables", "ss": "iproute2",
-            "scapy": "python3-scapy", "PIL": "python3-pil"}
+            "setpriv": "util-linux", "scapy": "python3-scapy", "PIL": "python3-pil"}
 
 class Fault(Exception):
     """What the user can mend: an exit code, the line they read, and what a program said to it,
@@ -80,7 +80,8 @@ class Fault(Exception):
         self.code, self.detail = code, detail
 
 def missing(name):
-    package = PACKAGES.get(name.partition(".")[0], name)
+    """The Fault of a program, or of a module of Python's."""
+    package = PACKAGES.get(name, name)
     mend = "" if "/" in name else f": apt-get install {package}"
     return Fault(MISSING, f"{name} is missing on this machine{mend}")
 
@@ -95,7 +96,7 @@ def as_fault(error):
     if isinstance(error, Fault):
         return error
     if isinstance(error, ImportError):
-        return missing(error.name or str(error))
+        return missing(str(error.name).partition(".")[0])
     if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
@@ -161,11 +162,12 @@ def address_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
-FIELDS = r"(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
+FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
 SOURCE = r"(?=.*(?<!! )(-s|--source) \{(ip|net)\}( |$))"  # and no more than that
 RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
         "right for both families), and {dport}", template_of)
-COMMAND = (FIELDS, "a command with {dport}, and {ip} or {net}", template_of)
+COMMAND = (FIELDS, "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
+           template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
@@ -338,7 +340,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
                                   timeout=seconds, env=environment, pass_fds=[memory.fileno()],
                                   start_new_session=bool(change))  # not root's terminal
         except subprocess.TimeoutExpired:  # this bounds its words, too: a second's are a few MB
-            raise Fault(BAD_DATA, f"gpg was not done in {seconds} s with the keyring {home}.")
+            raise Fault(SYSTEM, f"gpg was not done in {seconds} s with the keyring {home}.")
         memory.seek(0)
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
@@ -375,11 +377,11 @@ def list_keys(home, *arguments, data=b""):
         raise gpg_fault(home, said)
     return keys
 
-def trouble_with(key, use):
-    """Why a key (None: it is not there) cannot be used to sign ("S") or to be encrypted to ("E"),
-    in words, or ''."""
+def trouble_with(key, use, home):
+    """Why a key of a keyring (None: it is not there) cannot be used to sign ("S") or to be
+    encrypted to ("E"), in words, or ''."""
     if not key:
-        return "is not in the keyring"
+        return f"is not in the keyring {home}"
     if key["validity"] == "e":
         return f"expired on {key['expires']}"
     if key["validity"] == "r":
@@ -781,14 +783,14 @@ class Client:
 
     def look_at_keys(self, fault):
         """gpg did not seal. Raises Fault where a key is not there, or no longer good."""
-        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)), "S")
-        server = trouble_with(find_key(self.home, "--list-keys", self.server_key), "E")
-        if own:
-            raise Fault(BAD_DATA, f"Your key, {self.user}, {own} {self.home}: renew it, or make "
-                                  "one with tariq.py keygen; then enroll it.", fault.detail)
-        if server:
-            raise Fault(BAD_DATA, f"The key of {self.host} {server} {self.home}: enroll and join "
-                                  "again.", fault.detail)
+        own = find_key(self.home, "--list-secret-keys", exactly(self.user))
+        server = find_key(self.home, "--list-keys", self.server_key)
+        if trouble := trouble_with(own, "S", self.home):
+            raise Fault(BAD_DATA, f"Your key, {self.user}, {trouble}: renew it, or make one with "
+                                  "tariq.py keygen; then enroll it.", fault.detail)
+        if trouble := trouble_with(server, "E", self.home):
+            raise Fault(BAD_DATA, f"The key of {self.host} {trouble}: enroll and join again.",
+                        fault.detail)
 
     def knock(self, routes, transports, seconds):
         """Knock by each route and transport in turn, until there is a result -> (Exchange,
@@ -870,7 +872,7 @@ def cmd_knock(options):
     try:
         status = report(client, result)
     except Fault as error:
-        if error.code != SYSTEM:
+        if error.code not in (SYSTEM, MISSING):
             raise
         fault = error  # the server's ip6tables, say: perhaps the other family's works
     # ssh may take either family: open the other one's door, too. Never run a command twice.
@@ -1019,13 +1021,14 @@ class Listener:
                 threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
 
     def serve(self, knock_id, knock):
-        address = address_in(knock.packet)
+        address, refusal = address_in(knock.packet), None
         try:
             self.dialogue(knock_id, knock, address)
         except Exception as error:  # whatever becomes of one knock, the next is served
-            fault = as_fault(error)
-            self.log(f"{address}: knock refused: {fault} {fault.detail}")
-        self.remember(knock_id)  # before it goes: its repeats shall start no gpg
+            refusal = as_fault(error)
+            self.log(f"{address}: knock refused: {refusal} {refusal.detail}")
+        if not refusal or refusal.code != SYSTEM:  # where gpg had no time, a repeat tries again
+            self.remember(knock_id)  # before it goes: its repeats shall start no gpg
         with self.lock:
             del self.knocks[knock_id]
 
@@ -1141,8 +1144,8 @@ def cmd_listener(descriptors):
         listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
-        if trouble := trouble_with(key, "E"):
-            raise Fault(CONFIG, f"The server's key {trouble} {listener.home}: tariq.py check")
+        if trouble := trouble_with(key, "E", listener.home):
+            raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
         listener.receive()
@@ -1277,6 +1280,8 @@ KEPT = {
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
 
+NO_SYN = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"
+
 class Iptables:
     """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
     public_ports, to one more that drops what is not public."""
@@ -1287,6 +1292,7 @@ class Iptables:
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
         self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
+        self.last_port = config.get("secret_ports", default=[0])[-1]
         self.families = set()  # in which there may be doors
 
     def rules(self, family, chain, *options):
@@ -1342,9 +1348,12 @@ class Iptables:
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
+            # While there is a limit, TCP connections that were idle since before the kernel tracked
+            # them are taken up; but not at the knock's last port, where that would end a knock.
+            idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", NO_SYN] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, "-j DROP"]),
+                        for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1478,6 +1487,8 @@ def cmd_hide(options):
         sudo tariq.py hide --undo"""
     need_root()
     ports = [port_of(word) for word in options.ports]
+    if ports and options.undo:
+        raise Fault(USAGE, "--undo takes no ports: it hides nothing any more.")
     config = Config(options.config, root=True)
     firewall = Iptables(config)
     if not take_lock(firewall.hiding_chain):
@@ -1512,16 +1523,15 @@ def try_hiding(config, firewall, ports):
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
     firewall.public_ports = ports
-    hidden = [port for port in listening_ports() if port not in ports]
-    log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
-        f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
         signal.signal(number, signal.default_int_handler)
     kept, before = False, packets_in(firewall)
     try:
         hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
-        log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
-            "(O 22), then connect (ssh).")
+        hidden = [port for port in listening_ports() if port not in ports]
+        log(f"Hidden for {TRIAL} seconds, whatever happens: {' '.join(hidden) or 'nothing listens'}"
+            f". Public as before: {' '.join(ports) or 'none'}. All else is dropped.")
+        log("Now, in another terminal, on a client: knock (O 22), then connect (ssh).")
         end = monotonic() + TRIAL
         while monotonic() < end and not kept:
             time.sleep(1)
@@ -1901,7 +1911,8 @@ def cmd_server(options):
     config = Config(options.config, root=True)
     for line in config.all_faults():
         log(line)
-    config.require("server")
+    if "server" in config.faults:
+        raise Fault(CONFIG, f"No server: [server] in {config.path} has a fault, as said above.")
     monitor = Monitor(config, notify_socket)
     if not take_lock(monitor.firewall.chain):
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
@@ -2045,7 +2056,7 @@ def cmd_init(options):
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
-    directory = locked_directory(options.config)
+    directory, name = locked_directory(options.config), socket.gethostname()
     home = f"{directory}/.server-gpg"
     if query("id", "tariq")[0]:
         run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
@@ -2056,7 +2067,7 @@ def cmd_init(options):
         os.makedirs(home, exist_ok=True)
         os.chown(home, owner.pw_uid, owner.pw_gid)
         known = list_keys(home, "--list-secret-keys")
-        key = known[0]["fpr"] if known else make_key(home, f"tariq@{socket.gethostname()}")
+        key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
         run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
         ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
         secret = base64.b64encode(os.urandom(32)).decode()
@@ -2065,16 +2076,18 @@ def cmd_init(options):
                    f"server_gpg_dir = {home}\nserver_key = {key}\n")
     if options.config != ROOT_CONFIG:
         return log(f"Run: tariq.py server -c {options.config}")  # another one's set-up, by hand
-    Config(options.config, root=True).require("server")
-    if install():
+    config = Config(options.config, root=True)
+    config.require("server")
+    if not install():
+        log(f"There is no systemd here: let {PROGRAM} server run as root, also after a reboot.")
+    else:
         run("systemctl", "daemon-reload", seconds=60)
         run("systemctl", "enable", "tariq", seconds=60)
         run("systemctl", "restart", "tariq", seconds=60)
-        log("The server runs, and nothing is hidden yet.")
-    else:
-        log(f"There is no systemd here: let {PROGRAM} server run as root, also after a reboot.")
-    log(f"Next, on a client: tariq.py keygen YOU@LAPTOP | ssh root@{socket.gethostname()} tariq.py "
-        f'enroll --allow "O 22" | tariq.py join {socket.gethostname()}')
+        log(f"The server runs, by tariq.py {VERSION}.")
+    if not config.clients:
+        log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
+            f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
 def cmd_check(options):
     """Say what is wrong with a server's config, keys and firewall, as root. It changes nothing:
@@ -2098,8 +2111,8 @@ def cmd_check(options):
             key = keys.get(fingerprint)
             if section == "server" and key and key["kind"] != "sec":
                 key = None
-            if trouble := trouble_with(key, "E" if section == "server" else "S"):
-                faults.append(f"The key of [{section}] {trouble} {home}.")
+            if trouble := trouble_with(key, "E" if section == "server" else "S", home):
+                faults.append(f"The key of [{section}] {trouble}.")
             else:
                 log(f"The key of [{section}] is good, and expires: {key['expires']}.")
     if "open_command" in config.values["server"]:
@@ -2138,7 +2151,7 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    state = known and trouble_with(known, "S") or f"is {key}"
+    state = known and trouble_with(known, "S", home) or f"is {key}"
     log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
@@ -2162,7 +2175,7 @@ def cmd_enroll(options):
     key = show_key(home, text)
     name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
     section = config.clients.get(key["fpr"])
-    trouble = trouble_with(key, "S")
+    trouble = trouble_with(key, "S", home)
     if not section and trouble:
         raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
     if not section and (f"allow {name}" in config.values
