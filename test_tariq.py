@@ -3464,7 +3464,8 @@ FLUSHES = {"iptables -F": ("iptables -F", "ip6tables -F"), "nft": ("nft flush ru
            "one family": ("ip6tables -F",)}
 
 @pytest.mark.parametrize("flushed, request_", [
-    *((flushed, "O 22") for flushed in FLUSHES), ("nft", "C 22"), ("nft", "E id -u"), ("nft", "O 99")])
+    *((flushed, "O 22") for flushed in FLUSHES),
+    ("nft", "C 22"), ("nft", "E id -u"), ("nft", "O 99")])
 def test_the_next_request_puts_back_all_that_a_flush_took_in_both_families_and_logs_it_once(
         bare, flushed, request_):
     hide_at_start(bare, "7000/tcp")
