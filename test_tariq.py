@@ -3506,6 +3506,28 @@ def test_a_client_that_is_enrolled_meanwhile_stays_enrolled(bare):
     values = config_values(bare.conf, "server")
     assert values["public_ports"] == "none"
 
+def test_a_hide_that_cannot_write_its_config_leaves_all_as_it_was(bare):
+    """The disk that holds the config is full when somebody has come in."""
+    (disk := bare.lab.new("disk")).mkdir()
+    path, own = disk / "tariq.conf", bare.conf
+    script = f"mount -t tmpfs -o size=64k,mode=755 tmpfs {disk}; cp -p {own} {path}"
+    assert bare.tariq.stop() == 0
+    with own_mounts(script) as inside:
+        bare.tariq = Server(bare.lab, bare.server, path, prefix=inside).wait_log("listening for")
+        before = firewall(bare.server)
+        words = [*inside, bare.lab.dir / "tariq.py", "hide", "-c", path]
+        process = bare.server.popen(*words, stdout=PIPE, stderr=subprocess.STDOUT)
+        bare.hides.append(process)
+        wait_for(lambda: all(jumps(bare)))
+        sh(*inside, "dd", "if=/dev/zero", f"of={disk}/fill", "bs=4k", check=False)
+        opens(bare), gets_in(bare)
+        said = process.communicate(timeout=LONG)[0]
+        assert process.returncode == SYSTEM and "No space left" in said, said
+        assert "for good" not in said and not any(jumps(bare))
+        opens(bare, "C", "22")
+        assert firewall(bare.server) == before
+        assert bare.tariq.stop() == 0
+
 def hide_at_start(world, ports="none"):
     """The world's server anew, with public_ports in its config."""
     world.tariq.stop()
@@ -3604,6 +3626,16 @@ def test_undo_needs_neither_a_faultless_config_nor_a_server(bare):
     assert hide(bare, "--undo").returncode == 0
     assert not any(jumps(bare)) and "public_ports" not in bare.conf.read_text()
     assert gets_in(bare) and gets_in(bare, "box6")
+
+@pytest.mark.parametrize("written", [
+    "Public_Ports = 22/tcp\n", "public_ports = 22/tcp,\n    80/tcp\n", "public_ports=none # all\n"])
+def test_undo_takes_the_key_out_however_it_is_written(bare, written):
+    text = bare.conf.read_text()
+    write(bare.conf, text.replace("[server]\n", f"[server]\n{written}"))
+    assert hide(bare, "--undo").returncode == 0
+    assert bare.conf.read_text() == text
+    opens(bare), opens(bare, "C", "22")
+    assert not any(jumps(bare))
 
 def test_undo_during_a_trial_is_refused_or_ends_it(bare):
     """What it must not do: say 0, and then it is hidden for good."""
