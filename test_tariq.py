@@ -3681,6 +3681,17 @@ def test_a_session_that_was_idle_since_before_the_start_is_taken_up_during_the_t
         opens(bare, where=where), gets_in(bare, where)
         assert process.wait(LONG) == 0 and lives(connection), "for good"
 
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_a_session_that_says_nothing_all_through_the_trial_goes_on(bare, where):
+    """It is known since the server's start, after which it said something."""
+    assert bare.tariq.stop() == 0
+    bare.server.run("nft", "flush", "ruleset")
+    with session(bare, where) as connection:
+        started(bare)
+        assert lives(connection)
+        hidden_for_good(bare)
+        assert lives(connection)
+
 def test_hide_after_a_flush_puts_the_doors_back_first(bare):
     flush(bare.server, "-F")
     assert "22/tcp" in hidden_for_good(bare)
