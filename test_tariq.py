@@ -35,13 +35,15 @@ end, also on failure. What is where, in the order of the file:
     a recorded knock is worthless                      replays
     what breaks                                        gpg, iptables, memory, disks, links, clocks
     in from anywhere, other firewalls                  networks, kernels, tables as people have them
+    nobody is locked out by an ordinary mistake        faulty configs, full disks, flushed firewalls
+    hide                                               its trial, its end, what goes on meanwhile
   What people type and read
     what README.md says, done                          its own commands, on throwaway machines
     keys with a passphrase, words, the service         pinentry; each line whole; the unit; the demo
   The benchmarks
 """
-import ast, base64, bisect, bz2, collections, copy, ctypes, fcntl, hashlib, importlib.util, io
-import itertools, json, math, os, pty, random, re, select, shlex, shutil, signal, socket
+import ast, base64, bisect, bz2, calendar, collections, copy, ctypes, fcntl, hashlib, importlib.util
+import io, itertools, json, math, os, pty, random, re, select, shlex, shutil, signal, socket
 import statistics, struct, subprocess, sys, tempfile
 import termios, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -2794,6 +2796,1164 @@ def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
         opens(world)
         assert running.stop() == 0 and not client.connects(server.ip), "closed at stop"
         assert "-A" not in server.run("iptables-save").stdout
+
+# ---- nobody is locked out by an ordinary mistake -------------------------------------------------
+
+IPTABLES = ("iptables", "ip6tables")
+CONFIG_FAULT = 78  # tariq.py --help
+
+@contextmanager
+def own_mounts(script):
+    """A mount namespace in which a script has run: the words that start a program in it. A script
+    that exits with 3 says that this machine cannot do it."""
+    words = ["unshare", "--mount", "sh", "-ec", f"{script}\necho ready\nexec cat"]
+    holder = subprocess.Popen(words, stdin=PIPE, stdout=PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = holder.stdout.readline()
+        if said != "ready\n":
+            said += holder.stdout.read()
+            assert holder.wait() == 3, said
+            pytest.skip(said)
+        yield ["nsenter", f"--target={holder.pid}", "--mount", "--"]
+    finally:
+        holder.stdin.close()
+        holder.wait()
+
+def firewall(host):
+    """All rules of a host, without counters and dates."""
+    saved = "".join(host.run(f"{program}-save").stdout for program in IPTABLES)
+    return re.sub(r"(?m)^#.*\n|\[\d+:\d+\]", "", saved)
+
+def server_address(world, where):
+    return world.server.ip6 if where == "box6" else world.server.ip
+
+def gets_in(world, where="box", host=None):
+    """Whether ssh gets in from a host, sooner or later."""
+    address = server_address(world, where)
+    wait_for(lambda: (host or world.client).connects(address), "ssh does not get in")
+    return True
+
+@pytest.fixture(scope="module")
+def bob(world):
+    """One more client of the world's server, from the same address as the first."""
+    return second_client(world, "bob", ("O 22", "C 22"))
+
+@pytest.mark.parametrize("old, new, key, code", [
+    ("may =", "may = X 22", "may", CONFIG_FAULT),
+    ("may =", "open_timeout = soon\nmay =", "open_timeout", CONFIG_FAULT),
+    ("may =", "open_timout = 60\nmay =", "open_timout", CONFIG_FAULT),
+    ("key = ", "key = xyz", "key", REFUSED)])  # then it is nobody's
+def test_a_faulty_allow_section_refuses_its_client_alone_and_the_log_names_section_and_key(
+        bob, box, old, new, key, code):
+    start, head, section = box.conf.read_text().partition("[allow bob@example.com]\n")
+    write(box.conf, start + head + section.replace(old, new, 1))
+    log = len(box.tariq.log)
+    for _ in range(2):
+        fails(box, code, "box says: ", conf=bob)
+        opens(box)
+    assert gets_in(box)
+    news = box.tariq.log[log:].splitlines()
+    faults = [line for line in news if "[allow bob@example.com]" in line]
+    assert len(faults) == 1 and f" {key} " in faults[0], "once a change of the file"
+    write(box.conf, start + head + section)
+    assert "opened" in opens(box, conf=bob)
+
+def test_a_server_starts_with_a_faulty_allow_section_and_says_it(bob, idle):
+    edit(idle.conf, ("[allow bob@example.com]\n", "[allow bob@example.com]\nopen_timout = 60\n"))
+    server = started(idle)
+    assert "[allow bob@example.com] open_timout " in server.log
+    fails(idle, CONFIG_FAULT, "box says: ", conf=bob)
+    opens(idle)
+
+def test_two_sections_with_the_same_key_are_the_fault_of_both_and_of_nobody_else(bob, box):
+    text = box.conf.read_text()
+    write(box.conf, text + text[text.index("[allow bob@"):].replace("[allow bob@", "[allow rob@"))
+    fails(box, CONFIG_FAULT, "box says: ", conf=bob)
+    opens(box)
+    box.tariq.wait_log("[allow rob@example.com] key "), box.tariq.wait_log("bob@example.com] key ")
+
+BROKEN = {
+    "no INI": lambda path, text: write(path, f"{text}\nO 22\n"),
+    "bytes": lambda path, text: path.write_bytes(b"\xff\xfe" + text.encode()),
+    "empty": lambda path, text: write(path, ""),
+    "without [server]": lambda path, text: write(path, text.replace("[server]", "[sever]")),
+    "half a file": lambda path, text: write(path, text[:text.index("server_key")]),
+    "a wrong value in [server]": lambda path, text: write(path, with_settings(
+        text, {"open_timeout": "soon"})),
+    "an unknown key in [server]": lambda path, text: write(path, with_settings(
+        text, {"open_timout": "60"})),
+    "gone": lambda path, text: path.unlink(),
+    "a directory": lambda path, text: (path.unlink(), path.mkdir()),
+    "open to others": lambda path, text: path.chmod(0o644),
+}
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_config_that_is_broken_changes_nothing_and_the_log_says_so_once(box, how):
+    text, log = box.conf.read_text(), len(box.tariq.log)
+    try:
+        BROKEN[how](box.conf, text)
+        for _ in range(2):
+            opens(box)
+        fails(box, REFUSED, "", "O", "99")
+        assert gets_in(box)
+        news = [line for line in box.tariq.log[log:].splitlines() if f"{box.conf}" in line]
+        assert len(news) == 1 and config_values(box.me, "box")["secret"] not in news[0], news
+    finally:
+        if box.conf.is_dir():
+            box.conf.rmdir()
+        write(box.conf, text)
+    opens(box)
+
+def test_a_broken_config_that_is_mended_holds_at_the_next_knock(box):
+    text = box.conf.read_text()
+    write(box.conf, "")
+    opens(box)
+    write(box.conf, text.replace("    O 22/tcp\n", "    O 23/tcp\n"))
+    fails(box, REFUSED, "", "O", "22")
+    opens(box, "O", "23")
+
+def test_a_section_that_is_taken_out_of_a_whole_file_is_gone_at_the_next_knock(bob, box):
+    opens(box, conf=bob)
+    write(box.conf, box.conf.read_text().partition("[allow bob@")[0])
+    fails(box, REFUSED, "", conf=bob)
+    opens(box)
+
+def test_the_config_is_parsed_once_a_change_of_its_file(idle):
+    program = idle.lab.program("real = tariq.Config.__init__\n"
+                               "def counted(self, *words, **options):\n"
+                               "    tariq.log('parsing')\n"
+                               "    real(self, *words, **options)\n"
+                               "tariq.Config.__init__ = counted\n")
+    with serving(idle, program=program) as server:
+        def parsed():
+            return server.log.count("parsing")
+        for _ in range(3):
+            opens(idle)
+        assert parsed() == 1
+        write(server.conf, f"{server.conf.read_text()}\n")
+        for _ in range(3):
+            opens(idle)
+        assert parsed() == 2
+        write(server.conf, "")
+        for _ in range(3):
+            opens(idle)
+        assert parsed() == 3, "also a broken one"
+
+def check(world, path=None):
+    return world.lab.tariq(world.server, "check", "-c", path or world.conf, check=False)
+
+def test_check_says_every_fault_at_once_and_changes_nothing(bob, box):
+    text = with_settings(box.conf.read_text(), {"open_timout": 60, "command_timeout": "long"})
+    nobody = "[allow nobody]\nkey = " + "0" * 40 + "\nmay = O 22\n"
+    write(box.conf, text.replace("may =", "mai =", 1) + nobody)
+    def files():
+        every = box.conf.parent.rglob("*")
+        return {path: path.stat().st_mtime_ns for path in every if path.is_file()}
+    before, rules, log = files(), firewall(box.server), box.tariq.log
+    done = check(box)
+    assert done.returncode == CONFIG_FAULT and "Traceback" not in done.stderr
+    for words in ("[server] open_timout ", "[server] command_timeout ", "[allow me@laptop] mai ",
+                  "[allow nobody]"):
+        assert len([line for line in done.stderr.splitlines()
+                    if words in line and "FAULT" in line]) == 1, (words, done.stderr)
+    assert firewall(box.server) == rules and box.tariq.log == log
+    assert files() == before
+
+def test_check_of_a_good_server_exits_with_0(box):
+    done = check(box)
+    assert done.returncode == 0 and "FAULT" not in done.stderr and "Traceback" not in done.stderr
+    assert "[server]" in done.stderr and "[allow me@laptop]" in done.stderr
+
+STOPS = {
+    "an unknown key": {"open_timout": 60},
+    "a key that is wrong": {"open_timeout": "soon"},
+    "no close_command": {"open_command": "true {ip} {dport}"},
+    "no such keyring": {"server_gpg_dir": "/nonexistent"},
+    "root's keyring": {"server_gpg_dir": "ROOTS"},
+    "no such key": {"server_key": "0" * 40},
+    "no rule": {"open_tcp_port": "-A tariq {ip} {dport} --nonsense"},
+    "{ip}/24": {"open_tcp_port": "-A tariq -s {ip}/24 -p tcp --dport {dport} -j ACCEPT"},
+}
+
+@pytest.mark.parametrize("fault", STOPS)
+def test_check_finds_what_stops_a_start_and_the_service_is_not_ready_then(box, fault):
+    """NOTIFY_SOCKET, as systemd with Type=notify has it: without READY=1 a restart fails aloud."""
+    (roots := box.lab.new("keyring")).mkdir(0o700)
+    settings = {key: roots if value == "ROOTS" else value for key, value in STOPS[fault].items()}
+    path = write(box.lab.new("conf"), with_settings(box.conf.read_text(), settings))
+    done = check(box, path)
+    assert done.returncode == CONFIG_FAULT and "FAULT: " in done.stderr, done
+    assert "Traceback" not in done.stderr
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(box.lab.new("notify")))
+        prefix = ("env", f"NOTIFY_SOCKET={notified.getsockname()}")
+        server = Server(box.lab, box.other, path, prefix=prefix)
+        code = server.process.wait(LONG)
+        assert code in (CONFIG_FAULT, DIED, SYSTEM, 69), server.log
+        assert code == CONFIG_FAULT or fault in ("no such key", "no rule", "no such keyring")
+        assert not select.select([notified], [], [], 0)[0], "it said that it is ready"
+        assert "tariq: " in server.log and "Traceback" not in server.log
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_is_ready_when_it_listens(idle, abstract):
+    path = f"\0{idle.lab.prefix}" if abstract else str(idle.lab.new("notify"))
+    with idle.server.inside(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(path)
+        notified.settimeout(LONG)
+        prefix = ("env", f"NOTIFY_SOCKET={path}".replace("\0", "@"))
+        with serving(idle, prefix, ready="") as server:
+            assert notified.recv(100) == b"READY=1" and packet_sockets(server.listener)
+            opens(idle)
+            assert not select.select([notified], [], [], 0)[0], "once"
+
+def test_a_service_whose_listener_does_not_come_up_is_never_ready(idle):
+    fakes = Fakes(idle.lab)
+    fakes.fault("gpg-dies")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(idle.lab.new("notify")))
+        prefix = ("env", f"NOTIFY_SOCKET={notified.getsockname()}", *fakes.prefix)
+        server = Server(idle.lab, idle.server, idle.conf, prefix=prefix)
+        assert server.process.wait(LONG) == DIED
+        assert not select.select([notified], [], [], 0)[0] and "listening for" not in server.log
+
+def key_of(world):
+    """The public key of somebody who is not enrolled."""
+    path = world.lab.new("new") / "tariq.conf"
+    return world.lab.tariq(world.client, "keygen", "-c", path, "new@key").stdout
+
+DISKS = {
+    "tmpfs": "mount -t tmpfs -o size=1m,mode=755 tmpfs {disk}",
+    "ext4": "truncate -s 8M {disk}.image; "
+            "{{ mkfs.ext4 -q {disk}.image && mount -o loop {disk}.image {disk}; }} || exit 3",
+}
+
+@pytest.mark.parametrize("kind", DISKS)
+def test_a_full_disk_below_the_keyring_stops_no_knock_also_after_a_restart_and_enroll_says_it(
+        idle, kind):
+    lab, disk = idle.lab, idle.lab.new("disk")
+    disk.mkdir()
+    script = DISKS[kind].format(disk=disk)
+    script += f"\ncp -a {idle.ring} {disk}/gpg; rm -f {disk}/gpg/S.*"
+    path = variant(idle, server_gpg_dir=disk / "gpg")
+    new_key = key_of(idle)
+    with own_mounts(script) as inside:
+        try:
+            for size in ("64k", "1"):  # to the last byte
+                words = ["dd", "if=/dev/zero", f"of={disk}/fill-{size}", f"bs={size}"]
+                full = sh(*inside, *words, check=False)
+                assert "No space left" in full.stderr
+            for _ in range(2):  # the second: a restart, with an agent that is to start anew
+                server = Server(lab, idle.server, path, prefix=inside).wait_log("listening for")
+                opens(idle), opens(idle, "C", "22")
+                assert server.stop() == 0
+                sh(*inside, "gpgconf", "--homedir", disk / "gpg", "--kill", "all", check=False)
+            before = path.read_text()
+            done = idle.server.run(*inside, lab.dir / "tariq.py", "enroll", "-c", path,
+                                   input=new_key, check=False)
+            assert done.returncode == SYSTEM and done.stdout == "" and path.read_text() == before
+            assert "full" in done.stderr and f"{disk}" in done.stderr
+            assert done.stderr.count("\n") == 1
+        finally:
+            sh(*inside, "gpgconf", "--homedir", disk / "gpg", "--kill", "all", check=False)
+
+def test_a_full_disk_below_the_config_leaves_it_whole_and_enroll_says_it(idle):
+    lab, disk = idle.lab, idle.lab.new("disk")
+    disk.mkdir()
+    path, text = disk / "tariq.conf", idle.conf.read_text()
+    script = f"mount -t tmpfs -o size=64k,mode=755 tmpfs {disk}; cp -p {idle.conf} {path}"
+    new_key = key_of(idle)
+    with own_mounts(script) as inside:
+        sh(*inside, "dd", "if=/dev/zero", f"of={disk}/fill", "bs=4k", check=False)
+        done = idle.server.run(*inside, lab.dir / "tariq.py", "enroll", "-c", path, input=new_key,
+                               check=False)
+        assert done.returncode == SYSTEM and "No space left" in done.stderr and done.stdout == ""
+        assert f"{disk}" in done.stderr and done.stderr.count("tariq: ") == 1
+        assert sh(*inside, "cat", path).stdout == text
+        assert sh(*inside, "ls", disk).stdout.split() == ["fill", "tariq.conf"]
+
+# What a firewall has to be for a door to be what the client reads of it.
+
+@pytest.fixture
+def reset(idle):
+    """The world while no server runs; its firewall is as it was afterwards."""
+    yield idle
+    if idle.tariq:
+        idle.tariq.kill()
+        idle.tariq = None
+    for program in ("iptables-legacy", "ip6tables-legacy"):
+        idle.server.run(program, "-F"), idle.server.run(program, "-X")
+    idle.server.run("nft", "flush", "ruleset")
+    idle.server.drop_policy()
+
+def flush(host, *command):
+    for program in IPTABLES:
+        host.run(program, *command)
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+@pytest.mark.parametrize("when", ["a server runs", "before a start", "before a restart"])
+def test_after_a_flush_under_drop_ssh_really_gets_in(reset, where, when):
+    if when != "before a start":
+        started(reset)
+    flush(reset.server, "-F")
+    if when == "before a restart":  # what was put back must come through that
+        opens(reset)
+    if when != "a server runs":
+        assert not reset.tariq or reset.tariq.stop() == 0
+        started(reset)
+    opens(reset)  # by IPv4: until then IPv6's neighbours may not even find each other
+    wait_for(lambda: "ipv6-icmp" in reset.server.run("ip6tables", "-S", "tariq").stdout)
+    for host in (reset.server, reset.client):
+        host.run("ip", "-6", "neigh", "flush", "all")
+    said = opens(reset, where=where)
+    assert said.startswith("opened tcp/22 ") and "but" not in said
+    assert gets_in(reset, where) and not reset.other.connects(server_address(reset, where))
+
+def test_a_flush_under_drop_is_logged_once_in_each_family(reset):
+    server = started(reset)
+    flush(reset.server, "-F")
+    for _ in range(3):
+        opens(reset), opens(reset, where="box6")
+    assert len(re.findall(r"(?m)^ip6?tables: .*put back", server.log)) == 2
+    assert len(re.findall(r"(?m)^iptables: .*put back", server.log)) == 1
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_where_nothing_drops_the_client_reads_that_no_port_is_hidden(reset, where):
+    started(reset)
+    reset.server.run("nft", "flush", "ruleset")
+    for _ in range(2):
+        said = opens(reset, where=where)
+        assert said.startswith("opened tcp/22 ") and "but INPUT drops nothing" in said
+    assert said.count("but") == 1
+    reset.server.drop_policy()
+    assert "but" not in opens(reset, where=where) and gets_in(reset, where)
+
+BEFORE = {"a chain": ("-N guard", "-A guard -p tcp --dport 22 -j DROP", "-I INPUT -j guard"),
+          "a DROP": ("-I INPUT -p tcp --dport 22 -j DROP",),
+          "a REJECT": ("-I INPUT -p tcp --dport 22 -j REJECT",)}
+
+@pytest.mark.parametrize("where, program", [("box", "iptables"), ("box6", "ip6tables")])
+@pytest.mark.parametrize("what", BEFORE)
+def test_what_stands_before_tariqs_chain_in_input_is_in_the_clients_line(
+        reset, where, program, what):
+    started(reset)
+    for rule in BEFORE[what]:
+        reset.server.run(program, *rule.split())
+    said = opens(reset, where=where)
+    assert said.startswith("opened tcp/22 ") and "but another rule stands before" in said
+    assert not reset.client.connects(server_address(reset, where))
+
+def test_a_rule_before_tariqs_chain_that_accepts_is_no_doubt(reset):
+    started(reset)
+    reset.server.run("iptables", "-I", "INPUT", "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
+    assert "but" not in opens(reset) and gets_in(reset)
+
+@pytest.mark.parametrize("where, program",
+                         [("box", "iptables-legacy"), ("box6", "ip6tables-legacy")])
+def test_a_drop_in_the_legacy_tables_is_in_the_clients_line_and_nothing_else_is(
+        reset, where, program):
+    started(reset)
+    reset.server.run(program, "-I", "INPUT", "-p", "tcp", "--dport", "22", "-j", "DROP")
+    said = opens(reset, where=where)
+    assert f"but the rules of {program} may refuse you" in said and "another rule" not in said
+    assert not reset.client.connects(server_address(reset, where))
+    reset.server.run(program, "-F")
+    assert "but" not in opens(reset, where=where) and gets_in(reset, where)
+
+def test_of_several_ports_the_clients_line_has_the_doubt_of_all(bob, reset):
+    """Also of a door that it shares with another client of its address, which ends later."""
+    edit(reset.conf, ("[allow bob@example.com]\n", "[allow bob@example.com]\nopen_timeout = 60\n"))
+    started(reset)
+    reset.server.run("nft", "flush", "ruleset")
+    for how in ({}, {"conf": bob}):
+        assert "but INPUT drops nothing" in opens(reset, **how)
+    assert "but INPUT drops nothing" in opens(reset, "O", "53/udp", "8022", "22")
+
+def test_a_door_of_another_address_of_the_same_client_stays_and_c_says_so(box):
+    opens(box)
+    rules = box.server.rules()
+    fails(box, REFUSED, f"tcp/22 is open for {box.client.ip} until ", "C", "22", host=box.other)
+    assert box.server.rules() == rules and gets_in(box)
+    assert "closed tcp/22" in opens(box, "C", "22")
+    assert doors(box) == []
+
+def doors(world, ip6=False):
+    """The rules of open doors."""
+    return [rule for rule in world.server.rules(ip6) if " NEW " in rule]
+
+def test_a_door_of_another_client_of_the_same_address_stays_and_c_says_so(bob, box):
+    opens(box)
+    rules = box.server.rules()
+    fails(box, REFUSED, f"tcp/22 is open for {box.client.ip} until ", "C", "22", conf=bob)
+    assert box.server.rules() == rules and gets_in(box)
+
+def test_c_where_no_door_is_says_that_it_was_shut(box):
+    assert "tcp/22 was shut already" in opens(box, "C", "22")
+    opens(box)
+    box.server.run("iptables", "-F", "tariq")
+    assert "tcp/22 was shut already" in opens(box, "C", "22"), "somebody else took it out"
+
+def test_a_shared_door_whose_rule_was_flushed_is_opened_again_for_who_knocks(bob, box):
+    edit(box.conf, ("[allow bob@example.com]\n", "[allow bob@example.com]\nopen_timeout = 60\n"))
+    end = opens(box)
+    box.server.run("iptables", "-F", "tariq")
+    assert opens(box, conf=bob) == end, "the later end holds"
+    assert gets_in(box) and len(doors(box)) == 1
+
+def test_any_port_may_be_permitted_by_a_star(idle):
+    may = second_client(idle, "star", ("O *", "C *"))
+    started(idle)
+    assert "opened tcp/8022, udp/53, tcp/1" in opens(idle, "O", "8022", "53/udp", "1", conf=may)
+    assert "closed tcp/8022" in opens(idle, "C", "8022", conf=may) and len(doors(idle)) == 2
+    fails(idle, REFUSED, "E id", "E", "id", conf=may)
+    fails(idle, 64, "", "O", "*", conf=may)  # no port to open
+
+@pytest.mark.parametrize("request_, part", [
+    ("O 22 23 53/udp", "O 23/tcp"), ("O 22 53", "O 53/tcp"), ("C 22 99/udp", "C 99/udp"),
+    ("E false now", "E false now")])
+def test_a_request_of_which_a_part_is_not_permitted_names_that_part_and_does_nothing(
+        box, request_, part):
+    fails(box, REFUSED, f"you may not {part} here", *request_.split())
+    assert doors(box) == []
+
+@pytest.mark.parametrize("where, net", [("box", "198.51.100.0/24"), ("box6", "2001:db8:1::/64")])
+def test_net_opens_for_the_network_around_an_address_by_one_text_for_both_families(
+        idle, where, net):
+    rule = ("-A tariq -s {net} -p tcp -m conntrack --ctstate NEW -m tcp --dport {dport} "
+            "-m time --datestop {until} -j ACCEPT")
+    with serving(idle, open_tcp_port=rule):
+        assert f"for {net} until" in opens(idle, where=where)
+        assert gets_in(idle, where) and gets_in(idle, where, idle.other)
+        assert len(doors(idle, where == "box6")) == 1
+        said = opens(idle, "C", "22", where=where, host=idle.other)
+        assert f"closed tcp/22 on {where} for {net}" in said and doors(idle, where == "box6") == []
+
+# The set-up, on machines of its own.
+
+@pytest.fixture
+def fresh(site):
+    """A machine on which Tariq is not installed; `me` has a clone in the home directory."""
+    machine = Machine(site, "box")
+    machine.run("rm", "/usr/local/bin/tariq.py")
+    return machine
+
+def test_init_without_systemd_installs_program_config_and_key_and_says_how_to_run_it(fresh):
+    done = fresh.shell("sudo ./tariq.py init")
+    assert "/usr/local/bin/tariq.py server" in done.stderr
+    assert "keygen" in done.stderr.splitlines()[-1], "the next command to type"
+    modes = "stat -c '%a %U' /usr/local/bin/tariq.py /etc/tariq/tariq.conf /etc/tariq/.server-gpg"
+    assert fresh.run("sh", "-c", modes).stdout.splitlines() == ["755 root", "600 root", "700 tariq"]
+    fresh.run("cmp", "/home/me/tariq.py", "/usr/local/bin/tariq.py")
+    assert "listening for" in fresh.serve().log
+
+def test_init_again_keeps_config_and_key_and_brings_a_newer_program(fresh):
+    def kept():
+        words = "cat /etc/tariq/tariq.conf; ls -l /etc/tariq/.server-gpg"
+        return fresh.run("sh", "-c", words).stdout
+    fresh.shell("sudo ./tariq.py init")
+    before = kept()
+    fresh.shell("echo '# newer' >> tariq.py; sudo ./tariq.py init")
+    assert kept() == before
+    assert fresh.run("tail", "-n1", "/usr/local/bin/tariq.py").stdout == "# newer\n"
+    assert "wrote" not in fresh.shell("sudo tariq.py init").stderr, "nothing is new"
+
+@pytest.mark.parametrize("spoilt", ["chmod 644", "chown me", "ln -sf /home/me/tariq.py"])
+def test_init_makes_the_program_roots_and_executable_whatever_was_there(fresh, spoilt):
+    """As from `cp`, or `install -o me`: the service runs it as root."""
+    fresh.run("install", "-m", "755", "/home/me/tariq.py", "/usr/local/bin/tariq.py")
+    fresh.run(*spoilt.split(), "/usr/local/bin/tariq.py")
+    fresh.shell("sudo ./tariq.py init")
+    found = fresh.run("stat", "-c", "%a %U %F", "/usr/local/bin/tariq.py").stdout
+    assert found == "755 root regular file\n"
+
+MISSING_PACKAGES = {
+    "gnupg": "rm /usr/bin/gpg", "iptables": "rm /usr/sbin/iptables /usr/sbin/ip6tables",
+    "iproute2": "rm /usr/bin/ss",
+    "python3-scapy": "rm -rf /usr/bin/scapy /usr/lib/python3/dist-packages/scapy",
+    "python3-pil": "rm -r /usr/lib/python3/dist-packages/PIL"}
+
+@pytest.mark.parametrize("packages", [*((name,) for name in MISSING_PACKAGES),
+                                      tuple(sorted(MISSING_PACKAGES))])
+def test_init_names_missing_packages_as_one_line_before_it_touches_anything(fresh, packages):
+    """Away with them in a mount namespace: an overlay over /usr, from which they are removed."""
+    cover = ["set -e", "mount -t tmpfs tmpfs /mnt", "mkdir /mnt/up /mnt/work /mnt/local",
+             "mount --bind /usr/local/bin /mnt/local",
+             "mount -t overlay overlay -o lowerdir=/usr,upperdir=/mnt/up,workdir=/mnt/work /usr",
+             "mount --bind /mnt/local /usr/local/bin",
+             *(MISSING_PACKAGES[name] for name in packages), 'exec "$@"']
+    def state():
+        return fresh.run("sh", "-c", "ls -lR /etc /usr/local/bin; cat /etc/passwd").stdout
+    before = state()
+    done = fresh.run("unshare", "--mount", "sh", "-c", "\n".join(cover), "sh",
+                     "/home/me/tariq.py", "init", check=False)
+    line = done.stderr.strip()
+    assert done.returncode == 69 and "\n" not in line and "apt-get install -y" in line, done
+    named = line.split("apt-get install", 1)[1].split()
+    assert tuple(sorted(word for word in named if not word.startswith("-"))) == packages
+    assert state() == before
+
+@pytest.mark.skipif(not shutil.which("sudo"), reason="sudo is not installed")
+def test_enroll_takes_key_and_profile_as_files_where_sudo_asks_for_a_password(fresh, site):
+    """No pipe: nothing competes with sudo's question for the terminal's input."""
+    laptop = Machine(site, "laptop")
+    fresh.shell("sudo ./tariq.py init")
+    fresh.run("sh", "-c", "echo me:secret | chpasswd; echo 'me ALL=(ALL) ALL' > /etc/sudoers.d/me")
+    fresh.sshd(system=True)
+    laptop.shell("tariq.py keygen me@laptop > me.key; scp -q me.key me@box.example.com:")
+    assert fresh.shell("sudo -n true", check=False).returncode, "sudo asks for no password"
+    typed = 'sudo tariq.py enroll --allow "O 22" < me.key > me.profile'
+    master, terminal = pty.openpty()
+    start = ["setsid", "--ctty", "--wait", "bash", "-c", f"cd; {typed}"]
+    process = fresh.popen(*start, user="me", stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    said = ""
+    try:
+        while "assword" not in said:
+            said += os.read(master, 1000).decode(errors="replace")
+        os.write(master, b"secret\n")
+        assert process.wait(LONG) == 0
+    finally:
+        process.kill()
+        os.close(master)
+    laptop.shell("scp -q me@box.example.com:me.profile .")
+    laptop.shell("tariq.py join box.example.com < me.profile")
+    fresh.serve()
+    assert laptop.knock("O", "22").stdout.startswith("opened tcp/22 ") and laptop.ssh()
+
+# ---- hide ----------------------------------------------------------------------------------------
+
+ECHO = """
+import socket, threading
+def carry(connection):
+    while data := connection.recv(65536):
+        connection.sendall(data)
+def tcp():
+    with socket.create_server(("", 7000), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        while True:
+            threading.Thread(target=carry, args=(listener.accept()[0],), daemon=True).start()
+def udp(family, any_address):
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((any_address, 7000))
+        while True:
+            data, where = sock.recvfrom(2048)
+            sock.sendto(data, where)
+for where in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "2001:db8:1::10")):
+    threading.Thread(target=udp, args=where, daemon=True).start()
+tcp()
+"""
+HIDDEN = [["-A INPUT -j tariq-hide"]] * 2  # in both families, without an end
+
+@pytest.fixture(scope="module")
+def open_world():
+    """As `world`, but its server has no firewall, and echoes at port 7000, TCP and UDP."""
+    with Lab() as lab:
+        world = new_world(lab, drop=False)
+        world.server.popen(sys.executable, "-c", ECHO)
+        wait_for(lambda: world.server.run("ss", "-Hlntu").stdout.count(":7000") >= 3)
+        yield world
+
+@pytest.fixture
+def bare(open_world):
+    """The open world with a running server; what was hidden is open again afterwards."""
+    text, world = open_world.conf.read_text(), open_world
+    world.server.run("nft", "flush", "ruleset")
+    world.hides = []
+    started(world)
+    yield world
+    for process in [*world.hides, world.tariq.process]:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    assert "Traceback" not in world.tariq.log
+    write(world.conf, text)
+
+def hide(world, *words, program=None, prefix=()):
+    """Run `hide` to its end."""
+    words = [*prefix, program or world.lab.dir / "tariq.py", "hide", "-c", world.conf, *words]
+    return world.server.run(*words, check=False)
+
+def start_hide(world, *words, program=None):
+    """`hide` in the background, from when both families are hidden (or it has ended)."""
+    words = [program or world.lab.dir / "tariq.py", "hide", "-c", world.conf, *words]
+    process = world.server.popen(*words, stdout=PIPE, stderr=subprocess.STDOUT)
+    world.hides.append(process)
+    wait_for(lambda: process.poll() is not None or all(jumps(world)), "hide does not hide")
+    return process
+
+def jumps(world):
+    """INPUT's jumps to what hides, in each family."""
+    listed = [world.server.run(program, "-S", "INPUT").stdout for program in IPTABLES]
+    return [re.findall("(?m)^-A INPUT .*tariq-hide$", rules) for rules in listed]
+
+def kernels_end(world):
+    """When the kernel ends what hides, in seconds since the epoch; 0: it hides nothing."""
+    ends = [re.search(r"--datestop (\S+) ", rule) for found in jumps(world) for rule in found]
+    return min((calendar.timegm(time.strptime(end[1], "%Y-%m-%dT%H:%M:%S")) for end in ends),
+               default=0)
+
+def on_trial(world, look):
+    """`hide`, and what `look` does while it is on trial -> the process, the trial's end. Where the
+    machine is so slow that the end came before, it is done again with a longer trial."""
+    for seconds in (6, 24, 96, 384):
+        trial = start_hide(world, program=world.lab.program(f"tariq.TRIAL = {seconds}"))
+        end = kernels_end(world)
+        look(trial)
+        if time.time() < end:
+            return trial, end
+        trial.kill()
+        trial.wait()
+        hide(world, "--undo")
+    raise AssertionError("six minutes are too short for this machine")
+
+def hidden_for_good(world, *ports):
+    """`hide`, a knock and a connection -> what `hide` said. The door is shut again."""
+    process = start_hide(world, *ports)
+    opens(world), gets_in(world)
+    said = process.communicate(timeout=LONG)[0]
+    assert process.returncode == 0, said
+    opens(world, "C", "22")
+    return said
+
+def session(world, where="box"):
+    """A connection to the echo service."""
+    connection = world.client.inside(socket.create_connection, (server_address(world, where), 7000))
+    connection.settimeout(LONG)
+    assert lives(connection)
+    return connection
+
+def lives(connection):
+    """Whether a session carries data, which the client sends first."""
+    data = os.urandom(9)
+    connection.sendall(data)
+    return connection.recv(9) == data
+
+def is_shut(world, where, port, host=None):
+    """Whether a SYN to a port draws nothing at all: no SYN-ACK, no RST, no ICMP."""
+    address = server_address(world, where)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with (host or world.client).inside(socket.socket, family, socket.SOCK_STREAM) as sock:
+        sock.settimeout(0.5)
+        try:
+            sock.connect((address, port))
+        except TimeoutError:
+            return True
+        except OSError:
+            pass
+        return False
+
+def udp_echoes(world, where):
+    """Whether datagrams to the echo service come back."""
+    address = server_address(world, where)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with world.client.inside(socket.socket, family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.5)
+        sock.sendto(b"x", (address, 7000))
+        with suppress(TimeoutError):
+            return sock.recv(9) == b"x"
+    return False
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_hide_hides_all_ports_but_those_named(bare, where):
+    said = hidden_for_good(bare, "7000")
+    assert re.search(r"(?m)^Hidden .*: 22/tcp 7000/udp\. Public as before: 7000/tcp\.", said), said
+    assert is_shut(bare, where, 22) and not udp_echoes(bare, where)
+    assert is_shut(bare, where, 4444), "where nothing listens no RST says so"
+    assert lives(session(bare, where))
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_hide_keeps_a_udp_port_open_where_its_argument_says_udp(bare, where):
+    hidden_for_good(bare, "7000/udp")
+    wait_for(lambda: udp_echoes(bare, where))
+    assert is_shut(bare, where, 7000)
+
+def test_hide_without_arguments_hides_all(bare):
+    hidden_for_good(bare)
+    assert config_values(bare.conf, "server")["public_ports"] == "none"
+    for where in ("box", "box6"):
+        assert is_shut(bare, where, 22) and is_shut(bare, where, 7000)
+        assert not udp_echoes(bare, where)
+
+def test_a_hide_that_was_killed_opens_again_by_itself_when_its_time_is_over(bare):
+    text = bare.conf.read_text()
+    def kill(trial):
+        assert is_shut(bare, "box", 22) and is_shut(bare, "box6", 22)
+        trial.kill()
+        trial.wait()
+        assert is_shut(bare, "box", 22) and is_shut(bare, "box6", 22)
+    _, end = on_trial(bare, kill)
+    time.sleep(max(0, end - time.time()))
+    assert gets_in(bare) and gets_in(bare, "box6")
+    assert bare.conf.read_text() == text and all(jumps(bare)), "it was the kernel that opened"
+    assert "but INPUT drops nothing" in opens(bare), "the client reads what is so"
+    assert hide(bare, "--undo").returncode == 0 and not any(jumps(bare))
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_hide_that_a_signal_ends_leaves_all_as_it_was(bare, number):
+    before = firewall(bare.server), bare.conf.read_text()
+    trial = start_hide(bare)
+    trial.send_signal(number)
+    assert trial.wait(LONG) != 0
+    assert (firewall(bare.server), bare.conf.read_text()) == before
+
+def test_a_hide_where_nobody_knocks_opens_again_and_writes_nothing(bare):
+    before = firewall(bare.server), bare.conf.read_text()
+    def look(_):
+        assert is_shut(bare, "box", 22) and is_shut(bare, "box6", 22)
+    trial, _ = on_trial(bare, look)
+    assert "Nobody came in" in trial.communicate(timeout=600)[0] and trial.returncode == NO_ANSWER
+    assert (firewall(bare.server), bare.conf.read_text()) == before
+    assert gets_in(bare) and gets_in(bare, "box6")
+
+def test_a_knock_alone_does_not_keep_it(bare):
+    text = bare.conf.read_text()
+    trial, _ = on_trial(bare, lambda _: opens(bare))
+    assert trial.wait(600) == NO_ANSWER
+    assert bare.conf.read_text() == text and not any(jumps(bare))
+
+def test_who_came_in_before_hide_does_not_keep_it(bare):
+    """The door's counter is not at 0; and the session that came in by it goes on meanwhile."""
+    text = bare.conf.read_text()
+    edit(bare.conf, ("    O 22/tcp\n", "    O 22/tcp\n    O 7000/tcp\n"))
+    opens(bare, "O", "22", "7000")
+    assert gets_in(bare)
+    with session(bare) as connection:
+        trial, _ = on_trial(bare, lambda _: lives(connection))
+        assert trial.wait(600) == NO_ANSWER and not any(jumps(bare))
+    write(bare.conf, text)
+
+def test_what_was_put_back_after_a_flush_under_drop_does_not_keep_it(bare):
+    """The doors' chain accepts the machine's own traffic then; that counts as nobody."""
+    flush(bare.server, "-P", "INPUT", "DROP"), flush(bare.server, "-F")
+    opens(bare)
+    trial, _ = on_trial(bare, lambda _: bare.server.connects("127.0.0.1"))
+    assert trial.wait(600) == NO_ANSWER and not any(jumps(bare))
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_a_knock_and_a_connection_keep_it(bare, where):
+    process = start_hide(bare, "7000")
+    opens(bare, where=where)
+    assert gets_in(bare, where)
+    said = process.communicate(timeout=LONG)[0]
+    assert process.returncode == 0 and "hidden for good" in said and jumps(bare) == HIDDEN
+    assert config_values(bare.conf, "server")["public_ports"] == "7000/tcp"
+
+@pytest.mark.parametrize("header", ["[server] # mine", "[server] "])
+def test_public_ports_are_written_whatever_stands_behind_the_sections_name(bare, header):
+    edit(bare.conf, ("[server]\n", f"{header}\n"))
+    hidden_for_good(bare)
+    assert config_values(bare.conf, "server")["public_ports"] == "none"
+    assert hide(bare, "--undo").returncode == 0
+    assert "public_ports" not in bare.conf.read_text()
+
+def test_a_client_that_is_enrolled_meanwhile_stays_enrolled(bare):
+    process = start_hide(bare)
+    late = second_client(bare, "late")
+    opens(bare, conf=late), gets_in(bare)
+    assert process.wait(LONG) == 0
+    assert "opened" in opens(bare, conf=late)
+    values = config_values(bare.conf, "server")
+    assert values["public_ports"] == "none"
+
+def test_a_hide_that_cannot_write_its_config_leaves_all_as_it_was(bare):
+    """The disk that holds the config is full when somebody has come in."""
+    (disk := bare.lab.new("disk")).mkdir()
+    path, own = disk / "tariq.conf", bare.conf
+    script = f"mount -t tmpfs -o size=64k,mode=755 tmpfs {disk}; cp -p {own} {path}"
+    assert bare.tariq.stop() == 0
+    with own_mounts(script) as inside:
+        bare.tariq = Server(bare.lab, bare.server, path, prefix=inside).wait_log("listening for")
+        before = firewall(bare.server)
+        words = [*inside, bare.lab.dir / "tariq.py", "hide", "-c", path]
+        process = bare.server.popen(*words, stdout=PIPE, stderr=subprocess.STDOUT)
+        bare.hides.append(process)
+        wait_for(lambda: all(jumps(bare)))
+        sh(*inside, "dd", "if=/dev/zero", f"of={disk}/fill", "bs=4k", check=False)
+        opens(bare), gets_in(bare)
+        said = process.communicate(timeout=LONG)[0]
+        assert process.returncode == SYSTEM and "No space left" in said, said
+        assert "for good" not in said and not any(jumps(bare))
+        opens(bare, "C", "22")
+        assert firewall(bare.server) == before
+        assert bare.tariq.stop() == 0
+
+def hide_at_start(world, ports="none"):
+    """The world's server anew, with public_ports in its config."""
+    world.tariq.stop()
+    write(world.conf, with_settings(world.conf.read_text(), {"public_ports": ports}))
+    return started(world)
+
+def test_public_ports_are_hidden_at_each_start_before_there_is_a_listener(bare):
+    """As after a reboot: no rule is there. This server never comes to its listener."""
+    write(bare.conf, with_settings(bare.conf.read_text(), {"public_ports": "7000/tcp"}))
+    assert bare.tariq.stop() == 0
+    bare.server.run("nft", "flush", "ruleset")
+    program = bare.lab.program("def never(monitor):\n"
+                               "    tariq.log('now the listener')\n"
+                               "    tariq.time.sleep(600)\n"
+                               "tariq.Monitor.start_listener = never\n")
+    server = Server(bare.lab, bare.server, bare.conf, program)
+    try:
+        server.wait_log("now the listener")
+        assert jumps(bare) == HIDDEN
+        for where in ("box", "box6"):
+            assert is_shut(bare, where, 22) and lives(session(bare, where))
+    finally:
+        server.kill()
+
+def test_other_public_ports_hold_from_the_next_start(bare):
+    hide_at_start(bare, "22/tcp")
+    assert gets_in(bare) and is_shut(bare, "box6", 7000)
+    hide_at_start(bare, "7000/tcp")
+    assert is_shut(bare, "box", 22) and lives(session(bare, "box6"))
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_was_stopped_or_killed_leaves_it_hidden(bare, number):
+    hide_at_start(bare, "7000/tcp")
+    bare.tariq.process.send_signal(number)
+    bare.tariq.process.wait(LONG)
+    assert jumps(bare) == HIDDEN
+    for where in ("box", "box6"):
+        assert is_shut(bare, where, 22) and lives(session(bare, where))
+
+FLUSHES = {"iptables -F": ("iptables -F", "ip6tables -F"), "nft": ("nft flush ruleset",),
+           "INPUT alone": ("iptables -F INPUT", "ip6tables -F INPUT"),
+           "the jump alone": [f"{name} -D INPUT -j tariq-hide" for name in IPTABLES],
+           "one family": ("ip6tables -F",)}
+
+@pytest.mark.parametrize("flushed, request_", [
+    *((flushed, "O 22") for flushed in FLUSHES),
+    ("nft", "C 22"), ("nft", "E id -u"), ("nft", "O 99")])
+def test_the_next_request_puts_back_all_that_a_flush_took_in_both_families_and_logs_it_once(
+        bare, flushed, request_):
+    hide_at_start(bare, "7000/tcp")
+    before = firewall(bare.server)
+    for command in FLUSHES[flushed]:
+        bare.server.run(*command.split())
+    assert firewall(bare.server) != before
+    done = knock(bare, *request_.split())
+    assert done.returncode == (REFUSED if request_ == "O 99" else 0), done
+    wait_for(lambda: jumps(bare) == HIDDEN, "it is not put back")
+    if request_ == "O 22":
+        assert "but" not in done.stdout and gets_in(bare)
+        opens(bare, "C", "22")
+    wait_for(lambda: firewall(bare.server) == before, "not all of it")
+    for where in ("box", "box6"):
+        assert is_shut(bare, where, 22) and lives(session(bare, where))
+    opens(bare), opens(bare, "C", "22")
+    lines = re.findall(r"(?m)^(ip6?tables): .*put back", bare.tariq.log)
+    assert sorted(lines) == (["ip6tables"] if flushed == "one family" else sorted(IPTABLES))
+
+def test_undo_takes_jump_chain_and_key_out_and_nothing_else(bare):
+    before = firewall(bare.server), bare.conf.read_text()
+    hidden_for_good(bare, "7000")
+    for _ in range(2):  # the second finds nothing, which is no fault
+        assert hide(bare, "--undo").returncode == 0
+        assert (firewall(bare.server), bare.conf.read_text()) == before
+    for where in ("box", "box6"):
+        assert gets_in(bare, where)
+
+@pytest.mark.parametrize("request_", ["O 22", "O 99", "E id -u"])
+def test_what_was_undone_stays_undone_whatever_is_requested_next(bare, request_):
+    hide_at_start(bare)
+    opens(bare, "C", "22")
+    assert hide(bare, "--undo").returncode == 0
+    knock(bare, *request_.split())
+    opens(bare, "C", "22")  # handled after that one's last step
+    assert not any(jumps(bare)) and gets_in(bare, "box6")
+    started_again(bare)
+    assert not any(jumps(bare))
+
+def started_again(world):
+    assert world.tariq.stop() == 0
+    started(world)
+
+def test_undo_needs_neither_a_faultless_config_nor_a_server(bare):
+    hide_at_start(bare)
+    bare.tariq.stop()
+    edit(bare.conf, ("[server]\n", "[server]\nopen_timout = 60\n"))
+    assert hide(bare, "--undo").returncode == 0
+    assert not any(jumps(bare)) and "public_ports" not in bare.conf.read_text()
+    assert gets_in(bare) and gets_in(bare, "box6")
+
+@pytest.mark.parametrize("written", [
+    "Public_Ports = 22/tcp\n", "public_ports = 22/tcp,\n    80/tcp\n", "public_ports=none # all\n"])
+def test_undo_takes_the_key_out_however_it_is_written(bare, written):
+    text = bare.conf.read_text()
+    write(bare.conf, text.replace("[server]\n", f"[server]\n{written}"))
+    assert hide(bare, "--undo").returncode == 0
+    assert bare.conf.read_text() == text
+    opens(bare), opens(bare, "C", "22")
+    assert not any(jumps(bare))
+
+def test_undo_during_a_trial_is_refused_or_ends_it(bare):
+    """What it must not do: say 0, and then it is hidden for good."""
+    trial = start_hide(bare)
+    undone = hide(bare, "--undo")
+    if undone.returncode == 0:
+        opens(bare), gets_in(bare)
+        assert trial.wait(300) != 0 and not any(jumps(bare))
+    else:
+        assert undone.stderr.count("\n") == 1 and trial.poll() is None
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_a_session_that_is_there_outlives_all_of_it(bare, where):
+    """It began when nothing tracked connections; each time the client is the one to speak first."""
+    assert bare.tariq.stop() == 0
+    bare.server.run("nft", "flush", "ruleset")
+    with session(bare, where) as connection:
+        started(bare)
+        assert lives(connection)
+        process = start_hide(bare)
+        assert is_shut(bare, where, 7000) and lives(connection), "on trial"
+        opens(bare, where=where), gets_in(bare, where)
+        assert process.wait(LONG) == 0 and lives(connection), "for good"
+        for command in ("iptables -F", "ip6tables -F", "nft flush ruleset"):
+            bare.server.run(*command.split())
+            opens(bare)
+            wait_for(lambda: jumps(bare) == HIDDEN)
+            assert lives(connection), command
+        started_again(bare)
+        assert is_shut(bare, where, 7000) and lives(connection), "restarted"
+        bare.tariq.kill()
+        assert lives(connection), "killed"
+        assert hide(bare, "--undo").returncode == 0 and lives(connection), "undone"
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_a_session_that_was_idle_since_before_the_start_is_taken_up_during_the_trial(bare, where):
+    assert bare.tariq.stop() == 0
+    bare.server.run("nft", "flush", "ruleset")
+    with session(bare, where) as connection:
+        started(bare)
+        process = start_hide(bare)
+        assert lives(connection), "on trial"
+        opens(bare, where=where), gets_in(bare, where)
+        assert process.wait(LONG) == 0 and lives(connection), "for good"
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_a_session_that_says_nothing_all_through_the_trial_goes_on(bare, where):
+    """It is known since the server's start, after which it said something."""
+    assert bare.tariq.stop() == 0
+    bare.server.run("nft", "flush", "ruleset")
+    with session(bare, where) as connection:
+        started(bare)
+        assert lives(connection)
+        hidden_for_good(bare)
+        assert lives(connection)
+
+def test_hide_after_a_flush_puts_the_doors_back_first(bare):
+    flush(bare.server, "-F")
+    assert "22/tcp" in hidden_for_good(bare)
+    assert jumps(bare) == HIDDEN
+
+@pytest.mark.parametrize("words", ["x", "0", "65536", "22/sctp", "-1", "22,23", "22 x", "80 /tcp"])
+def test_a_port_that_is_none_is_one_line_and_changes_nothing(bare, words):
+    before = firewall(bare.server), bare.conf.read_text()
+    done = hide(bare, *words.split())
+    assert done.returncode == 64 and re.fullmatch("tariq: [^\n]+\n", done.stderr), done
+    assert (firewall(bare.server), bare.conf.read_text()) == before
+
+def test_twice_at_once_is_refused_and_the_first_goes_on(bare):
+    trial = start_hide(bare)
+    before = firewall(bare.server)
+    again = hide(bare)
+    assert again.returncode == SYSTEM
+    assert re.fullmatch("tariq: hide runs already[^\n]+\n", again.stderr)
+    assert trial.poll() is None and firewall(bare.server) == before
+
+def test_hidden_already_is_refused(bare):
+    hidden_for_good(bare)
+    before = firewall(bare.server), bare.conf.read_text()
+    done = hide(bare, "7000")
+    assert done.returncode == 64 and re.fullmatch("tariq: [^\n]+public_ports[^\n]+\n", done.stderr)
+    assert (firewall(bare.server), bare.conf.read_text()) == before
+
+def test_without_a_server_that_could_let_anybody_in_hide_refuses(bare):
+    assert bare.tariq.stop() == 0
+    before = firewall(bare.server), bare.conf.read_text()
+    done = hide(bare)
+    assert done.returncode == SYSTEM and re.fullmatch("tariq: No server runs[^\n]+\n", done.stderr)
+    assert (firewall(bare.server), bare.conf.read_text()) == before
+
+def test_where_the_kernel_knows_no_time_hide_refuses_with_words_and_changes_nothing(bare):
+    """An iptables without its time match: the real one, whose extension is covered."""
+    extension = sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.strip()
+    prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
+    before = firewall(bare.server), bare.conf.read_text()
+    done = hide(bare, prefix=prefix)
+    assert done.returncode == SYSTEM
+    assert "Nothing is hidden" in done.stderr and "xt_time" in done.stderr
+    assert "libxt_time.so" not in done.stderr and "Hidden " not in done.stderr
+    assert (firewall(bare.server), bare.conf.read_text()) == before
+
+def test_with_commands_of_its_own_in_the_config_hide_refuses(bare):
+    settings = {"open_command": "true {ip} {dport}", "close_command": "true {ip} {dport}"}
+    write(bare.conf, with_settings(bare.conf.read_text(), settings))
+    before = firewall(bare.server)
+    done = hide(bare)
+    assert done.returncode == CONFIG_FAULT and "open_command" in done.stderr
+    assert firewall(bare.server) == before
+
+@pytest.mark.skipif(not shutil.which("ufw"), reason="ufw is not installed")
+def test_beside_ufw_that_is_enabled(bare):
+    """With an /etc of its own. Public is what both let in; doors are before both."""
+    script = ("mount -t tmpfs tmpfs /mnt; mkdir /mnt/up /mnt/work; mount -t tmpfs tmpfs /run\n"
+              "mount -t overlay overlay -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc\n"
+              "sed -i 's/^IPV6=.*/IPV6=yes/; s/^IPT_SYSCTL=.*/IPT_SYSCTL=/; s/^IPT_MODULES=.*//' "
+              "/etc/default/ufw")
+    with own_mounts(script) as inside:
+        def ufw(*words):
+            bare.server.run(*inside, "ufw", *words)
+        for words in ("--force enable", "allow 22/tcp", "allow 7000/tcp"):
+            ufw(*words.split())
+        hidden_for_good(bare, "7000")
+        for where in ("box", "box6"):
+            assert is_shut(bare, where, 22), "ufw allows it"
+            assert lives(session(bare, where)) and not udp_echoes(bare, where)
+        ufw("delete", "allow", "22/tcp")
+        for words in ("reload", "disable", "--force enable"):
+            ufw(*words.split())
+            for where in ("box", "box6"):
+                said = opens(bare, where=where)
+                assert "but" not in said and gets_in(bare, where), words
+                assert is_shut(bare, where, 22, bare.other) and lives(session(bare, where)), words
+                opens(bare, "C", "22", where=where)
+        ufw("delete", "allow", "7000/tcp")
+        assert is_shut(bare, "box", 7000), "what ufw drops stays dropped"
+        ufw("--force", "reset")
+
+def test_beside_an_nft_table_that_drops(bare):
+    """A drop anywhere drops: public is what both let in."""
+    table = """table inet mine {
+        chain input {
+            type filter hook input priority 10; policy drop;
+            ct state established,related accept
+            iif lo accept
+            meta l4proto ipv6-icmp accept
+            tcp dport { 22, 7000 } accept
+        }
+    }"""
+    bare.server.run("nft", "-f", "-", input=table)
+    hidden_for_good(bare, "7000", "7000/udp")
+    listed = bare.server.run("nft", "list", "table", "inet", "mine").stdout
+    for where in ("box", "box6"):
+        assert is_shut(bare, where, 22), "the table accepts it"
+        assert lives(session(bare, where)) and not udp_echoes(bare, where)
+        opens(bare, where=where)
+        assert gets_in(bare, where) and is_shut(bare, where, 22, bare.other)
+    assert hide(bare, "--undo").returncode == 0
+    assert bare.server.run("nft", "list", "table", "inet", "mine").stdout == listed
+
+# What a network needs, and no door is for: real packets, while all is hidden.
+
+@pytest.fixture
+def hidden(bare):
+    hide_at_start(bare, "7000/tcp")
+    return bare
+
+def link_addresses(host):
+    """The link address and the IPv6 link-local address of a host's eth0."""
+    found, = json.loads(host.run("ip", "-j", "-6", "addr", "show", "dev", "eth0").stdout)
+    link, = json.loads(host.run("ip", "-j", "link", "show", "dev", "eth0").stdout)
+    local, = (one["local"] for one in found["addr_info"] if one["scope"] == "link")
+    return link["address"], local
+
+def test_neighbours_find_each_other(hidden):
+    for first, second in ((hidden.client, hidden.server), (hidden.server, hidden.client)):
+        for host in (first, second):
+            host.run("ip", "neigh", "flush", "all"), host.run("ip", "-6", "neigh", "flush", "all")
+        # who asks is the client in one round, in the other the server
+        if first is hidden.server:
+            first.run(sys.executable, "-c", "import socket, sys\n"
+                      "with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:\n"
+                      "    sock.sendto(b'x', (sys.argv[1], 9))", hidden.client.ip6)
+            wait_for(lambda: "lladdr" in hidden.server.run(
+                "ip", "-6", "neigh", "show", hidden.client.ip6).stdout)
+        assert lives(session(hidden, "box6"))
+
+def test_router_advertisements_arrive(hidden):
+    from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6NDOptPrefixInfo, IPv6
+    from scapy.layers.l2 import Ether
+    server, router = hidden.server, hidden.other
+    server.run("sysctl", "-qw", "net.ipv6.conf.eth0.accept_ra=2", "net.ipv6.conf.eth0.autoconf=1")
+    link, local = link_addresses(router)
+    packet = (Ether(src=link, dst="33:33:00:00:00:01") / IPv6(src=local, dst="ff02::1", hlim=255)
+              / ICMPv6ND_RA(routerlifetime=0)
+              / ICMPv6NDOptPrefixInfo(prefix="2001:db8:77::", prefixlen=64, L=1, A=1))
+    def has_address():
+        inject(router, [bytes(packet)])
+        return "2001:db8:77:" in server.run("ip", "-6", "addr", "show", "dev", "eth0").stdout
+    try:
+        wait_for(has_address, "no address of the advertised prefix")
+    finally:
+        server.run("sysctl", "-qw", "net.ipv6.conf.eth0.accept_ra=0")
+        server.run("ip", "-6", "addr", "flush", "dev", "eth0", "to", "2001:db8:77::/64")
+
+def test_multicast_listener_discovery_goes_on(hidden):
+    """A switch that asks who listens gets the report without which it stops delivering."""
+    from scapy.layers.inet6 import (ICMPv6MLQuery2, IPv6, IPv6ExtHdrHopByHop, PadN, RouterAlert)
+    from scapy.layers.l2 import Ether
+    link, local = link_addresses(hidden.other)
+    query = (Ether(src=link, dst="33:33:00:00:00:01") / IPv6(src=local, dst="ff02::1", hlim=1)
+             / IPv6ExtHdrHopByHop(options=[RouterAlert(otype=5), PadN(otype=1)])
+             / ICMPv6MLQuery2(type=130, mladdr="::", mrd=1))
+    own_link = bytes.fromhex(link_addresses(hidden.server)[0].replace(":", ""))
+    def reported():
+        with captured(hidden.other) as packets:
+            inject(hidden.other, [bytes(query)])
+        # MLDv2 reports are of type 143, behind a hop-by-hop header of 8 bytes
+        return any(packet.frame[6:12] == own_link and packet.frame[12:14] == b"\x86\xdd"
+                   and packet.frame[20] == 0 and packet.frame[62] == 143 for packet in packets)
+    wait_for(reported, "no report")
+
+@pytest.mark.parametrize("family, own, port, where, from_port", [
+    (socket.AF_INET, "0.0.0.0", 68, "{0.ip}", 67), (socket.AF_INET6, "::", 546, "link-local", 547)])
+def test_dhcps_answers_arrive(hidden, family, own, port, where, from_port):
+    """They belong to no connection: the question went to a broadcast or multicast address."""
+    server, other = hidden.server, hidden.other
+    index = json.loads(other.run("ip", "-j", "link", "show", "dev", "eth0").stdout)[0]["ifindex"]
+    to = (where.format(server), port) if family == socket.AF_INET else \
+        (link_addresses(server)[1], port, 0, index)
+    with server.inside(socket.socket, family, socket.SOCK_DGRAM) as client, \
+            other.inside(socket.socket, family, socket.SOCK_DGRAM) as dhcp:
+        client.bind((own, port)), dhcp.bind((own, from_port))
+        client.settimeout(0.5)
+        def arrives():
+            dhcp.sendto(b"lease", to)
+            with suppress(TimeoutError):
+                return client.recv(9) == b"lease"
+            return False
+        wait_for(arrives, "no lease")
+
+@pytest.fixture(scope="module")
+def far(open_world):
+    """A host behind `other`, which routes to it by a link with an MTU of 1280."""
+    lab, router, server = open_world.lab, open_world.other, open_world.server
+    host = Host(lab, "far", 2, "203.0.113", "2001:db8:7:")
+    lab.cable(router, "eth1", host, "eth0", ["203.0.113.1/24", "2001:db8:7::1/64"],
+              [f"{host.ip}/24", f"{host.ip6}/64"])
+    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+    router.run("ip", "link", "set", "eth1", "mtu", "1280")
+    for family, gateway in (("-4", "203.0.113.1"), ("-6", "2001:db8:7::1")):  # it says 1,500 itself
+        host.run("ip", family, "route", "add", "default", "via", gateway, "mtu", "1280",
+                 "advmss", "1440")
+    server.run("ip", "route", "add", "203.0.113.0/24", "via", router.ip)
+    server.run("ip", "-6", "route", "add", "2001:db8:7::/64", "via", router.ip6)
+    yield host
+    server.run("ip", "route", "del", "203.0.113.0/24")
+    server.run("ip", "-6", "route", "del", "2001:db8:7::/64")
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_path_mtu_errors_arrive(hidden, far, where):
+    """What the server sends is too big for a link on the way, and comes through all the same."""
+    data = os.urandom(100_000)
+    with far.inside(socket.create_connection, (server_address(hidden, where), 7000)) as connection:
+        connection.settimeout(LONG)
+        with ThreadPoolExecutor(1) as pool:
+            sent, got = pool.submit(connection.sendall, data), b""
+            while len(got) < len(data):
+                got += connection.recv(65536)
+            sent.result()
+    to = far.ip6 if where == "box6" else far.ip
+    assert got == data and " mtu 1280" in hidden.server.run("ip", "route", "get", to).stdout
 
 # ---- what README.md says, done: its own commands, as written, on throwaway machines ----------------------------------
 
