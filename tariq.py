@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -I
+#!/usr/bin/python3 -IS
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
 you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
@@ -34,8 +34,8 @@ The parts, in the order of the file, and who reads what before trusting it with 
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
-import queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
+import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json
+import os, queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
 import time, zlib
 from collections import OrderedDict, namedtuple
 from contextlib import suppress
@@ -74,7 +74,14 @@ class Fault(Exception):
 
 def missing(name):
     package = PACKAGES.get(name.partition(".")[0], name)
-    return Fault(MISSING, f"{name} is missing on this machine: apt-get install {package}")
+    mend = "" if "/" in name else f": apt-get install {package}"
+    return Fault(MISSING, f"{name} is missing on this machine{mend}")
+
+def find_packages():
+    """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
+    where it is not asked for, and none ever as root."""
+    import site
+    site.main()
 
 def as_fault(error):
     """Any exception as a Fault: this is where the rest of them get their words."""
@@ -82,7 +89,7 @@ def as_fault(error):
         return error
     if isinstance(error, ImportError):
         return missing(error.name or str(error))
-    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
+    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
         return Fault(USAGE, str(error))
@@ -147,10 +154,11 @@ def address_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
-FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
-FIELD_WORDS = "{dport}, and {ip} or {net} (never {ip}/24: {net} is right for both families)"
-RULE = (r"-A \S+ " + FIELDS, f"a rule of iptables: -A CHAIN, then {FIELD_WORDS}", template_of)
-COMMAND = (FIELDS, f"a command with {FIELD_WORDS}", template_of)
+FIELDS = r"(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
+SOURCE = r"(?=.*(?<!! )(-s|--source) \{(ip|net)\}( |$))"  # and no more than that
+RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
+        "right for both families), and {dport}", template_of)
+COMMAND = (FIELDS, "a command with {dport}, and {ip} or {net}", template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
@@ -165,10 +173,11 @@ SYNTAX = {
     "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,22}", "a chain of its own, not in capitals", str),
     "public_ports": (".+", "ports as 80/tcp, 443/tcp, or none", public_ports_of),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
-    "host": (r"[\w.:%-]+", "an ASCII name or address", str),
+    "host": (r"(?!(server|client|DEFAULT)$)[\w.:%-]+", "an ASCII name or address", str),
     "address": (".+", "an IP address, or any", address_of),
 }
 IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
+ELSEWHERE = set(SYNTAX) - {"key", "may"}
 NEEDED = {"server": ("secret_ports", "secret", "server_gpg_dir", "server_key"), "allow": ("key",)}
 
 def parse(key, text):
@@ -208,6 +217,8 @@ class Config:
                                 "read it, chown root it).")
         self.values = {}  # section: {key: value}
         self.faults = {}  # section: [line, ...]
+        if root and not self.ini.has_section("server"):
+            self.ini.add_section("server")  # in which all is missing
         for name in self.ini.sections():
             self.parse_section(name)
         self.clients = {}  # fingerprint: section [allow NAME]
@@ -225,7 +236,7 @@ class Config:
         kind = name.partition(" ")[0]  # server, allow; or client, or a host's name
         values = self.values[name] = {}
         for key, text in self.ini[name].items():
-            if key not in (IN_ALLOW if kind == "allow" else SYNTAX) or name == "DEFAULT":
+            if key not in (IN_ALLOW if kind == "allow" else ELSEWHERE):
                 # Cut: it may be a secret in the wrong place.
                 self.add_fault(name, f"{key[:16]} is no key that can stand here.")
             elif text.strip():
@@ -265,11 +276,11 @@ GPG = ["gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "
 READ_ONLY = "--lock-never"  # writes nothing: a full disk does not matter
 CLOCK_SKEW = 60  # seconds that a client's clock may differ from the server's
 INPUT_MAX = 65_536  # bytes that are read of standard input
-UNSEAL_TIME = 3  # seconds: 15 ms are usual; nested compression would take 10 s
+UNSEAL_TIME = 2  # seconds: 15 ms are usual; nested compression would take 10 s
 PLAIN_MAX = 8192  # bytes that may come out of a seal: twice Tariq's PNG (SIDE, below)
 SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks for the passphrase
 WORDS_MAX = 65_536  # bytes that are read of gpg's words
-AGENT_PATH_MAX = 107  # bytes of the path of gpg-agent's socket (unix(7))
+HOME_MAX = 86  # bytes of a keyring's path: gpg-agent's longest socket in it has 106
 
 # What gpg says on stderr, and what its user reads instead.
 GPG_FAULTS = (
@@ -281,13 +292,21 @@ GPG_FAULTS = (
      "The passphrase of the key in {home} was wrong, or was not given."),
 )
 
+def owner_of(directory):
+    """A keyring's owner: user id, group id. Raises Fault."""
+    if not os.path.isdir(directory):
+        raise Fault(MISSING, f"There is no keyring {directory}: tariq.py init makes a server's, "
+                             "tariq.py keygen a client's.")
+    status = os.stat(directory)
+    return status.st_uid, status.st_gid
+
 def as_owner(directory):
-    """The words by which root runs a program as a directory's owner, without a capability."""
-    owner = os.stat(directory)
-    if not owner.st_uid:
-        raise Fault(CONFIG, f"{directory} is root's, and the listener runs as its owner: "
-                            f"chown -R tariq: {directory}")
-    return ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups",
+    """The words by which root runs a program as a keyring's owner, without a capability."""
+    user, group = owner_of(directory)
+    if not user or not group:
+        raise Fault(CONFIG, f"{directory} is root's, and has to be another user's, who can do "
+                            f"nothing else: chown -R tariq: {directory}")
+    return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups",
             "--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all",
             "--pdeathsig", "KILL"]
 
@@ -296,10 +315,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
     status lines are never among them. What lies in a keyring's directory may command gpg-agent, so
     root runs gpg as the directory's owner. Raises Fault."""
     home = os.path.expanduser(home)
-    if not os.path.isdir(home):
-        raise Fault(MISSING, f"There is no keyring {home}: tariq.py init makes a server's, "
-                             "tariq.py keygen a client's.")
-    change = as_owner(home) if os.stat(home).st_uid and not os.geteuid() else []
+    change = as_owner(home) if owner_of(home)[0] and not os.geteuid() else []
     environment = dict(os.environ)
     with suppress(OSError):
         environment["GPG_TTY"] = os.ttyname(2)  # where pinentry asks for a passphrase
@@ -315,15 +331,15 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
-    return done.stdout, done.stderr.decode(errors="replace"), said
+    # Only ASCII: gpg escapes what would end a line or word in that, but not U+2028 and its like.
+    return done.stdout, done.stderr.decode("ascii", "replace"), said
 
 def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
     detail = said[-300:]
-    if "agent" in said and len(f"{home}/S.gpg-agent".encode()) > AGENT_PATH_MAX:
-        most = AGENT_PATH_MAX - len("/S.gpg-agent")
-        return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: "
-                             f"move it to one of at most {most} bytes.", detail)
+    if "agent" in said and len(home.encode()) > HOME_MAX:
+        return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: move it to one "
+                             f"of at most {HOME_MAX} bytes.", detail)
     for pattern, code, words in GPG_FAULTS:
         if re.search(pattern, said):
             return Fault(code, words.format(home=home), detail)
@@ -335,30 +351,28 @@ def list_keys(home, *arguments, data=b""):
     of `data`. A name that is not there lists none. Raises Fault."""
     listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
     keys = []
-    for line in listing.decode(errors="replace").splitlines():  # GnuPG doc/DETAILS
+    for line in listing.decode(errors="replace").split("\n"):  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
         if kind in ("pub", "sec"):
+            end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
-                         "expires": int(fields[5] or 0)})
+                         "expires": end, "can": fields[10]})  # in capitals: what it is good for now
         elif keys and kind in ("fpr", "uid"):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
     if not keys and "agent" in said:
         raise gpg_fault(home, said)
     return keys
 
-def trouble_with(key):
-    """Why a key cannot be used, in words, or ''. None: it is not there."""
+def trouble_with(key, use):
+    """Why a key (None: it is not there) cannot be used to sign ("S") or to be encrypted to ("E"),
+    in words, or ''."""
     if not key:
         return "is not in the keyring"
     if key["validity"] == "e":
-        return f"expired on {day(key['expires'])}"
-    return {"r": "is revoked", "i": "is invalid", "d": "is disabled"}.get(key["validity"], "")
-
-def end_of(key):
-    return f"until {day(key['expires'])}" if key["expires"] else "without an end"
-
-def day(seconds):
-    return time.strftime("%F", time.gmtime(seconds))
+        return f"expired on {key['expires']}"
+    if key["validity"] == "r":
+        return "is revoked"
+    return "" if use in key["can"] else "has a subkey that expired or is revoked"
 
 def find_key(home, option, name):
     return next(iter(list_keys(home, option, name)), None)
@@ -373,32 +387,26 @@ def seal(home, data, signer, recipient):
                "--sign", "--hidden-recipient", recipient, "--encrypt", data=data,
                seconds=SIGNED_WITHIN)[0]
 
-# A seal counts if gpg says each of these once. DECRYPTION_OKAY comes after the check of integrity;
-# NEWSIG begins a signature; GOODSIG: correct, by a key that is neither expired nor revoked.
-PROOFS = ("DECRYPTION_OKAY", "PLAINTEXT", "NEWSIG", "GOODSIG", "VALIDSIG")
+# A seal counts if gpg's status lines (GnuPG doc/DETAILS) have each of these once. PLAINTEXT: one
+# message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
+# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when.
+PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
 TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
-REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again",
-            "REVKEYSIG": "is revoked",
-            "ERRSIG": "is not in the server's keyring (or a new subkey is not): enroll it",
-            "BADSIG": "has not made this signature"}
 
 def unseal(home, sealed, own):
-    """Decrypt with the key `own` only, verify -> (fingerprint of the signer's primary key, at most
-    PLAIN_MAX bytes). Takes only what status lines prove: gpg's exit status is 2 where it tried an
-    old subkey first. Raises Fault."""
+    """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
+    PLAIN_MAX bytes). Takes only what status lines prove, and not gpg's exit status, which is 2
+    where it tried an older subkey first. (Hidden recipients are tried with `own` only; that the
+    request is meant for `own` the signer says, in "to".) Raises Fault."""
     plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
-    status = [line.split()[1:] for line in lines.splitlines()]  # [GNUPG:] keyword argument...
+    status = [line.split(" ")[1:] for line in lines.split("\n") if line.startswith("[GNUPG:] ")]
     keywords = [words[0] for words in status]
-    for keyword, *words in status:
-        if keyword in REFUSALS:
-            name = " ".join(words[1:]) if keyword != "ERRSIG" else f"key {words[0]}"
-            raise Fault(BAD_DATA, f"the signer's key, {name}, {REFUSALS[keyword]}.")
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
             or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
-        raise Fault(BAD_DATA, "not one encrypted message with one valid signature.", said[-300:])
+        raise Fault(BAD_DATA, why_refused(status), said[-300:])
     # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
     valid = status[keywords.index("VALIDSIG")]
     timestamp, signer = int(valid[3]), valid[10]
@@ -406,6 +414,18 @@ def unseal(home, sealed, own):
         raise Fault(BAD_DATA, f"{signer} signed it {time.time() - timestamp:.0f} s ago, and "
                               f"{SIGNED_WITHIN} is the most: set the clocks.")
     return signer, plain
+
+REFUSALS = {"EXPKEYSIG": "is expired: renew it, then enroll it again", "REVKEYSIG": "is revoked",
+            "ERRSIG": "or a new subkey of it is not in the server's keyring: enroll it",
+            "BADSIG": "has not made this signature"}
+
+def why_refused(status):
+    """Status lines of a seal that does not count -> why, for the log."""
+    for keyword, *words in status:
+        if keyword in REFUSALS:  # key id, then a user id, or for ERRSIG numbers
+            name = words[0] if keyword == "ERRSIG" else " ".join(words[1:])
+            return f"the signer's key, {name}, {REFUSALS[keyword]}."
+    return "not one encrypted message with one valid signature."
 
 # ---- image: data and a cover in, a PNG out, and back (steganography); others' once verified ------
 SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-4096, fits 5 packets
@@ -416,6 +436,7 @@ def cover_image(directory):
     """SIDE x SIDE RGB samples: a random PNG of the directory; without one, random. Raises Fault."""
     if not directory:
         return os.urandom(SIDE * ROW)
+    find_packages()
     from PIL import Image
     path = os.path.expanduser(directory)
     try:
@@ -615,6 +636,7 @@ class Crafted:
     kernel, which knows nothing of the connection, answers the SYN-ACK with RST: that is ignored."""
 
     def __init__(self, route, frames):
+        find_packages()
         try:
             self.raw = socket.socket(route.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
@@ -645,7 +667,7 @@ def find_routes(host, family, ports):
         raise Fault(NO_ANSWER, f"{host} has no address that can be found here: is it written "
                                f"right? ({error.strerror})")
     routes = []
-    for family, _, _, _, where in found[:ADDRESSES_MAX]:
+    for family, _, _, _, where in found:
         targets = [(where[0], port, *where[2:]) for port in ports]
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(targets[0])  # sends nothing: it looks up the route
@@ -654,7 +676,10 @@ def find_routes(host, family, ports):
     if not routes:
         raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
                                "up here?")
-    return routes
+    # Both families soon: the first address, the first of the other family, then the rest.
+    other = [route for route in routes if route.family != routes[0].family][:1]
+    rest = [route for route in routes[1:] if route not in other]
+    return [routes[0], *other, *rest][:ADDRESSES_MAX]
 
 # Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
 # what `ipaddress` says of these depends on its version.
@@ -671,17 +696,14 @@ class Exchange:
         self.client, self.route = client, route
         self.sealed = None  # until it is needed
 
-    def send(self, transport):
-        """All fragments, in new frames -> the socket that is answered. Raises Fault or OSError."""
+    def frames(self):
+        """All fragments, in new frames. Raises Fault."""
         if not self.sealed:
             k = os.urandom(32)
             self.sealed = self.client.seal_request(k)
             self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
-        self.client.step(f"{len(self.route.targets)} fragments go to {self.route.address} by "
-                         f"{transport}.")
-        frames = fragments_of(self.client.shared, self.knock_id, self.sealed,
-                              len(self.route.targets))
-        return TRANSPORTS[transport](self.route, frames)
+        return fragments_of(self.client.shared, self.knock_id, self.sealed,
+                            len(self.route.targets))
 
     def answer(self, challenge, sock):
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
@@ -715,8 +737,10 @@ class Client:
         self.server_key = config.get("server_key", sections)
         self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
         self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = options.address or config.get("address", sections, "")
-        self.ports = options.ports or config.get("secret_ports", sections)
+        self.address = parse("address", options.address) if options.address \
+            else config.get("address", sections, "")
+        self.ports = parse("secret_ports", options.ports) if options.ports \
+            else config.get("secret_ports", sections)
         self.shared = shared_key(config.get("secret", sections), self.ports)
         self.target = config.get("host", sections, options.host)  # what is knocked at
 
@@ -742,8 +766,8 @@ class Client:
 
     def look_at_keys(self, fault):
         """gpg did not seal. Raises Fault where a key is not there, or no longer good."""
-        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)))
-        server = trouble_with(find_key(self.home, "--list-keys", self.server_key))
+        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)), "S")
+        server = trouble_with(find_key(self.home, "--list-keys", self.server_key), "E")
         if own:
             raise Fault(BAD_DATA, f"Your key, {self.user}, {own} {self.home}: renew it, or make "
                                   "one with tariq.py keygen; then enroll it.", fault.detail)
@@ -763,8 +787,10 @@ class Client:
         wait, end = FIRST_WAIT, monotonic() + seconds
         while monotonic() < end:
             exchange, transport = next(turns)
+            frames = exchange.frames()
+            self.step(f"{len(frames)} fragments go to {exchange.route.address} by {transport}.")
             try:
-                sockets[exchange.send(transport)] = exchange, transport
+                sockets[TRANSPORTS[transport](exchange.route, frames)] = exchange, transport
             except (OSError, AttributeError) as error:  # the latter where there is no Fast Open
                 trouble = f" ({transport}: {as_fault(error)})"
             if len(sockets) > 4:  # three SYN time-outs, and Linux stops Fast Open: close in time
@@ -823,13 +849,21 @@ def cmd_knock(options):
     routes = find_routes(client.target, options.family, client.ports)
     began = monotonic()
     exchange, transport, result = client.knock(routes, options.transport, options.timeout)
-    status = report(client, result)
+    fault = None
+    try:
+        status = report(client, result)
+    except Fault as error:
+        if error.code != SYSTEM:
+            raise
+        fault = error  # the server's ip6tables, say: perhaps the other family's works
     # ssh may take either family: open the other one's door, too. Never run a command twice.
     others = [route for route in routes if route.family != exchange.route.family]
     if others and client.command[0] != "E":
         with suppress(Fault):  # it is an extra
             _, _, result = client.knock(others, [transport], 3 * (monotonic() - began))
-            report(client, result)
+            status, fault = report(client, result), None
+    if fault:
+        raise fault
     return status
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
@@ -862,7 +896,6 @@ COMPLAINT_TIME = 60  # seconds between two log lines of one kind
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 PR_SET_DUMPABLE = 4  # linux/prctl.h
-LINK_ADDRESS_MAX = 8  # bytes that Python's sendto takes
 
 class Knock:
     """From its first fragment to the last repeat of its result."""
@@ -885,9 +918,10 @@ class Listener:
         self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
-        self.lock = threading.Lock()  # of the three below, which threads share
-        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
+        self.libc = ctypes.CDLL(None, use_errno=True)
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
+        self.lock = threading.Lock()  # of these two, which threads share
+        self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
@@ -907,34 +941,37 @@ class Listener:
         # == to here. Who sent it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        if abs(now - sent) > CLOCK_SKEW:
+        old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
+        if old or abs(now - sent) > CLOCK_SKEW:
             self.complain("clock", f"{address_in(packet)} sent an authentic frame of "
-                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}:"
-                                   " its clock or this one is wrong, or it is a recording.")
+                                   f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}"
+                                   f"{', before this start' if old else ''}: its clock or this one "
+                                   "is wrong, or it is a recording.")
             return None
-        if sent <= self.began <= now:
-            return None  # perhaps a replay from before the start (a clock set back: no telling)
-        if nonce in self.seen or packet.own_port != self.ports[min(position, self.last)]:
+        if packet.own_port != self.ports[min(position, self.last)] or not self.remember(nonce):
             return None
-        self.remember(nonce)
         return position, knock_id, piece, packet
 
     def remember(self, token):
+        """-> whether it is new."""
         with self.lock:
+            if token in self.seen:
+                return False
             self.seen[token] = None
             if len(self.seen) > SEEN_MAX:
                 self.seen.popitem(last=False)
+        return True
 
     def collect(self, position, knock_id, piece, packet):
         """A frame to its knock, whose address is where its last fragment first came from."""
         with self.lock:
-            knock = self.knocks.get(knock_id)
+            knock, ended = self.knocks.get(knock_id), knock_id in self.seen
         if knock:  # a thread serves it: a last fragment again, or an answer, is for that thread
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet  # replies go to the newest
                 with suppress(queue.Full):  # never waits: its client repeats itself
                     knock.frames.put_nowait(piece)
-        elif position <= self.last and knock_id not in self.seen:  # nor ended: see `serve`
+        elif position <= self.last and not ended:
             knock = self.partial.setdefault(knock_id, Knock())
             if len(self.partial) > KNOCKS_MAX:
                 self.partial.popitem(last=False)
@@ -984,36 +1021,47 @@ class Listener:
                                   "knock.")
         # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
+        challenge = nonce, self.patience, address
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
-        proof = None
-        while proof is None or not hmac.compare_digest(proof, expected):
-            # The challenge; and again for each frame that is not the answer: the client waits.
-            self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
-            try:
-                proof = knock.frames.get(timeout=max(0, end - monotonic()))
-            except queue.Empty:
+        self.reply(knock, challenge_of(reply_key, *challenge))
+        while not hmac.compare_digest(piece := self.next_frame(knock, end), expected):
+            if not piece:
                 return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
                                 "replies or the answers are lost on the way, or somebody else is.")
+            self.reply(knock, challenge_of(reply_key, *challenge))  # the client still waits for it
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
             result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
             end = monotonic() + REPEAT_TIME
-            while True:
+            self.reply(knock, frame(reply_key, b"result", result))
+            while self.next_frame(knock, end):
                 self.reply(knock, frame(reply_key, b"result", result))
-                knock.frames.get(timeout=max(0, end - monotonic()))
+
+    def next_frame(self, knock, end):
+        """What the client sends again, or its answer; b"" when the time is over."""
+        left = end - monotonic()
+        with suppress(queue.Empty):
+            if left > 0:
+                return knock.frames.get(timeout=left)
+        return b""
 
     def reply(self, knock, payload):
         """To where the knock came from, by the interface and link address that it came by."""
         packet = knock.packet
-        *interface, address = packet.link
-        if len(address) > LINK_ADDRESS_MAX:
-            address = b""  # a tunnel's, which has one other end
+        name, protocol, kind, hardware, address = packet.link
+        data = respond(packet, payload)
         try:
-            self.sock.sendto(respond(packet, payload), (*interface, address))
+            # struct sockaddr_ll (packet(7)) by hand: a tunnel over IPv6 wants 28 bytes or more of
+            # it, and Python gives 20.
+            where = struct.pack("HHiHBB32s", socket.AF_PACKET, socket.htons(protocol),
+                                socket.if_nametoindex(name), hardware, kind, len(address), address)
+            if self.libc.sendto(self.sock.fileno(), data, len(data), 0, where, len(where)) < 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
         except OSError as error:  # the client repeats itself
-            self.complain("reply", f"{address_in(packet)}: a reply cannot be sent by "
-                                   f"{interface[0]}: {error.strerror}.")
+            self.complain("reply", f"{address_in(packet)}: a reply cannot be sent by {name}: "
+                                   f"{error.strerror}.")
 
     def complain(self, kind, text):
         """Log it, unless there was one of this kind just now."""
@@ -1052,7 +1100,6 @@ def check_unprivileged():
 def leave_roots_memory():
     """No other process of this user reads this one's memory, which has the secret; and what keys
     root's session has (keyrings(7); systemd gives a service none) stay there. Raises OSError."""
-    import ctypes
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     with suppress(OSError):  # the library is missing: there are no such keys either, mostly
@@ -1061,33 +1108,33 @@ def leave_roots_memory():
 def cmd_listener(descriptors):
     """What the monitor starts: two descriptors, its packet socket and its end of the channel."""
     sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
-    listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
     try:
         check_unprivileged()
-        leave_roots_memory()
+        leave_roots_memory()  # before there is a secret in it
+        listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
-        if trouble := trouble_with(key):
+        if trouble := trouble_with(key, "E"):
             raise Fault(CONFIG, f"The server's key {trouble} {listener.home}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
-        listener.log(f"{fault} {fault.detail}")  # and the monitor sees the channel close
+        channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
 #
-#   program                               by              as            time     output is cut at
-#   iptables, ip6tables, -restore         run             root          15 s     OUTPUT_ROOM
-#   open_command, close_command           run             root          15 s     OUTPUT_ROOM
-#   a client's permitted command (E)      Monitor         root          command_timeout, OUTPUT_ROOM
-#   ss, useradd, systemctl, timedatectl   run             root          60 s     OUTPUT_ROOM
-#   gpg (init, enroll, check: never on    gpg             keyring's     60 s     memory
-#     what came from the network)                           owner
-#   this file as the listener             start_listener  keyring's     no end   /dev/null
-#                                                           owner
+#   program                              by              as               time      output
+#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   open_command, close_command          run             root             15 s      OUTPUT_ROOM
+#   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
+#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
+#     id, gpgconf, systemctl (init)
+#   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
+#     (init, check, enroll)
+#   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1126,11 +1173,11 @@ def query(*words, seconds=15, data=b""):
         raise missing(words[0])
     return status, output.decode(errors="replace")
 
-def run(*words, accept=0, seconds=15, data=b""):
+def run(*words, accept=0, seconds=15):
     """Log and run a program that changes something -> (exit status up to `accept`, its output).
     Raises Fault."""
-    log(f"+ {shlex.join(words)}" + "".join(f"; {line}" for line in data.decode().splitlines()))
-    status, output = query(*words, seconds=seconds, data=data)
+    log(f"+ {shlex.join(words)}")
+    status, output = query(*words, seconds=seconds)
     if status > accept:
         raise Fault(SYSTEM, f"{words[0]} failed: {output.strip()[:300] or f'status {status}'}")
     return status, output
@@ -1164,12 +1211,15 @@ class Door:
             return "closed"
         return time.strftime("%F %TZ" if self.seconds >= 86400 else "%TZ", time.gmtime(self.until))
 
+    def seconds_left(self):
+        return max(1, round(self.deadline - monotonic())) if self.deadline else NFT_SECONDS_MAX
+
     def fill(self, template):
         """The words of a template, with its {fields}. Other braces stay as they are."""
         fields = {
             "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
             "dport": self.number, "protocol": self.protocol,
-            "seconds": str(min(self.seconds or NFT_SECONDS_MAX, NFT_SECONDS_MAX)),
+            "seconds": str(min(self.seconds_left(), NFT_SECONDS_MAX)),
             "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
         }
         def value(match):
@@ -1198,7 +1248,8 @@ class Iptables:
         self.hiding_chain = f"{self.chain}-hide"
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
-        self.public_ports = config.values["server"].get("public_ports")  # None: INPUT is not ours
+        self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
+        self.families = set()  # in which there may be doors
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them; [] where there is no such chain."""
@@ -1209,22 +1260,28 @@ class Iptables:
 
     def transact(self, family, lines):
         """Change the filter table in one step or not at all (iptables-restore(8))."""
-        run(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
-            data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
+        shown = [line for line in lines if not line.startswith(f"-A {self.hiding_chain}")]
+        hiding = f"; and {self.hiding_chain}'s rules" if len(shown) < len(lines) else ""
+        log(f"+ {IPTABLES[family]}-restore: {'; '.join(shown)}{hiding}")
+        status, output = query(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
+                               data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
+        if status:
+            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore refuses this.", output[:300])
 
     def put_back(self, family, starting=False):
-        """Make and link what INPUT lacks of ours -> INPUT's rules as they are then."""
-        rules, lines = self.rules(family, "INPUT"), []
-        if f"-A INPUT -j {self.chain}" not in rules:
-            if not self.rules(family, self.chain):
-                lines.append(f"-N {self.chain}")
-            lines.append(f"-I INPUT -j {self.chain}")  # first: before what drops
-        if "-P INPUT DROP" in rules and all(self.chain in rule for rule in rules[1:]) \
-                and f"-A {self.chain} {ESTABLISHED}" not in self.rules(family, self.chain):
-            # Flushed, and the policy drops all: a connection through a door would hang.
-            lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]]
-        if self.public_ports is not None and not self.is_hidden(family, rules):
-            lines += self.hiding_lines(family, rules)
+        """Make and link what INPUT lacks of ours; no door at the start -> INPUT's rules then."""
+        rules, chain = self.rules(family, "INPUT"), self.rules(family, self.chain)
+        lines = [] if chain else [f"-N {self.chain}"]
+        if starting:
+            lines, chain = [*lines, f"-F {self.chain}"], []
+        if starting or not self.jumps() <= set(rules):
+            lines += self.linking_lines(family, rules)
+        # What is established stays so, also when INPUT is hidden later: the kernel tracks it from
+        # now on. Where INPUT was flushed, and its policy drops all, add what else has to go on.
+        flushed = "-P INPUT DROP" in rules \
+            and all(self.chain in rule for rule in rules if rule.startswith("-A"))
+        lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]
+                  if (flushed or rule == ESTABLISHED) and f"-A {self.chain} {rule}" not in chain]
         if not lines:
             return rules
         if not starting:
@@ -1233,26 +1290,25 @@ class Iptables:
         self.transact(family, lines)
         return self.rules(family, "INPUT")
 
-    def hiding_lines(self, family, rules, limit=""):
-        """What makes the hiding chain, and jumps to it right behind the doors: with a time limit,
-        until the kernel ends it."""
-        kept = [rule for rule in rules if rule.startswith("-A") and self.hiding_chain not in rule]
-        doors = f"-A INPUT -j {self.chain}"
-        position = kept.index(doors) + 2 if doors in kept else 2
-        public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
-                  for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-        return [*self.unhiding_lines(rules), f":{self.hiding_chain} - [0:0]",  # made, or emptied
-                *(f"-A {self.hiding_chain} {rule}" for rule in [*KEPT[family], *public, "-j DROP"]),
-                f"-I INPUT {position} {limit}-j {self.hiding_chain}"]
+    def jumps(self):
+        """The rules of INPUT that are ours."""
+        chains = [self.chain] if self.public_ports is None else [self.chain, self.hiding_chain]
+        return {f"-A INPUT -j {chain}" for chain in chains}
 
-    def unhiding_lines(self, rules):
-        return [rule.replace("-A", "-D", 1) for rule in rules
-                if rule.endswith(f"-j {self.hiding_chain}")]
-
-    def is_hidden(self, family, rules):
-        whole = 1 + len(KEPT[family]) + len(self.public_ports) + 1  # -N, these, DROP
-        return f"-A INPUT -j {self.hiding_chain}" in rules \
-            and len(self.rules(family, self.hiding_chain)) == whole
+    def linking_lines(self, family, rules, limit=""):
+        """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
+        behind it to what drops all but the public ports, until a limit at which the kernel ends
+        that."""
+        lines = [rule.replace("-A", "-D", 1) for rule in rules
+                 if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
+        if self.public_ports is not None:
+            public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
+                      for port in self.public_ports]  # RETURN: other rules of INPUT still hold
+            lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
+                      *(f"-A {self.hiding_chain} {rule}"
+                        for rule in [*KEPT[family], *public, "-j DROP"]),
+                      f"-I INPUT {limit}-j {self.hiding_chain}"]
+        return [*lines, f"-I INPUT -j {self.chain}"]
 
     def drops(self, rules):
         """Whether INPUT drops what nothing accepts, as far as iptables can tell."""
@@ -1265,28 +1321,43 @@ class Iptables:
                                                                  "-A INPUT -j REJECT"))
 
     def prepare(self):
-        """At start: link the chains, try the rules that open doors, and empty the doors' chain."""
+        """At the start: link the chains, close every door, try the rules that open doors."""
         for family, program in IPTABLES.items():
             try:
-                self.put_back(family, starting=True)
+                rules = self.put_back(family, starting=True)
+                self.families.add(family)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
-                run(program, *WAIT, "-F", self.chain)
-                if doubts := self.doubts(self.put_back(family, starting=True)):
+                if doubts := self.doubts(family, rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
                 if family == 4:
                     raise
-                log(f"No doors for IPv6: {fault}")
+                hidden = ", and nothing of it is hidden" if self.public_ports is not None else ""
+                log(f"No doors for IPv6{hidden}: {fault}")
+        if not all("{until}" in template for template in self.templates.values()):
+            log("This server ends doors, not the kernel: kill -9 leaves them open.")
+
+    def check(self, family):
+        """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
+        rules = [" ".join(json.dumps(word) if " " in word else word for word in
+                          self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
+                 for port in ("9/tcp", "9/udp")]
+        lines = ["*filter", f":{self.chain} - [0:0]", *rules, "COMMIT", ""]
+        status, output = query(f"{IPTABLES[family]}-restore", "--test", "--noflush",
+                               data="\n".join(lines).encode())
+        if status:
+            raise Fault(CONFIG, f"open_tcp_port or open_udp_port is no rule of {IPTABLES[family]}: "
+                                f"{output.strip()[:200]}")
+        return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
-        words = self.words("-A", door)
-        if all(query(*words)[0] for _ in range(2)):  # twice: a lock that is held is no refusal
-            log(f"{words[0]} refuses a rule with a time limit (no xt_time in this kernel?): this "
-                "server ends doors, not the kernel, and kill -9 leaves them open.")
+        if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
+            log(f"{IPTABLES[door.family]} refuses a rule with a time limit: no xt_time here?")
             for protocol, template in self.templates.items():
                 self.templates[protocol] = template.replace(TIME_LIMIT, "")
             run(*self.words("-A", door))
+        query(*self.words("-D", door))
 
     def words(self, action, door):
         rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
@@ -1298,29 +1369,33 @@ class Iptables:
     def open(self, door):
         """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
         rules = self.put_back(door.family)
+        self.families.add(door.family)
         run(*self.words("-A", door))
-        return self.doubts(rules)
+        return self.doubts(door.family, rules)
 
-    def doubts(self, rules):
+    def doubts(self, family, rules):
         """What rules of INPUT are not as doors need them, in words, or ''."""
-        found = []
-        doors = f"-A INPUT -j {self.chain}"
-        before = itertools.takewhile(lambda rule: rule != doors, rules[1:])
-        if not all(rule.endswith("-j ACCEPT") for rule in before):
+        found, doors = [], f"-A INPUT -j {self.chain}"
+        before = itertools.takewhile(lambda rule: rule != doors, rules)
+        if doors not in rules:
+            found.append("INPUT does not lead to the doors (does the server run?)")
+        elif not all(rule.endswith("-j ACCEPT") for rule in before if rule.startswith("-A")):
             found.append("another rule stands before Tariq's in INPUT, and may refuse you")
-        if "legacy" in rules[0]:  # iptables' warning about tables of its older kind
-            found.append("the tables of iptables-legacy may refuse you")
+        if rules[0].startswith("#"):  # a warning: the older kind of iptables has rules, too
+            older = f"{IPTABLES[family]}-legacy"
+            if re.search("DROP|REJECT", query(older, "-S", "INPUT")[1]):
+                found.append(f"the rules of {older} may refuse you")
         if not self.drops(rules):
             found.append("INPUT drops nothing: no port is hidden")
-        return " and ".join(found)
+        return "; ".join(found)
 
     def close(self, door):
         """-> whether it was open."""
         return run(*self.words("-D", door), accept=1)[0] == 0
 
     def close_all(self, _doors):
-        for program in IPTABLES.values():
-            yield [program, *WAIT, "-F", self.chain]
+        for family in self.families:
+            yield [IPTABLES[family], *WAIT, "-F", self.chain]
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1331,8 +1406,7 @@ class Commands:
 
     def prepare(self):
         if "{until}" not in self.opening and "{seconds}" not in self.opening:
-            log("open_command has neither {seconds} nor {until}: this server ends doors, and "
-                "kill -9 leaves them open.")
+            log("This server ends doors, not the firewall: kill -9 leaves them open.")
 
     def put_back(self, family):
         pass  # open_command's business
@@ -1365,68 +1439,86 @@ def cmd_hide(options):
         sudo tariq.py hide 80 443/tcp 443/udp
         sudo tariq.py hide --undo"""
     need_root()
+    ports = [port_of(word) for word in options.ports]
     config = Config(options.config, root=True)
-    config.require("server")
     firewall = Iptables(config)
-    if "open_command" in config.values["server"]:
-        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    if not take_lock(firewall.hiding_chain):
+        raise Fault(SYSTEM, "hide runs already, in another terminal: end it there (Ctrl-C).")
     if options.undo:
         return unhide(config, firewall)
-    ports = [port_of(word) for word in options.ports]
+    config.require("server")
+    if "open_command" in config.values["server"]:
+        raise Fault(CONFIG, "hide works with iptables, and this config has an open_command.")
+    firewalld = "/usr/bin/firewall-cmd"
+    if os.path.exists(firewalld) and query(firewalld, "--state")[0] == 0:
+        raise Fault(CONFIG, "firewalld runs here, and would flush what hide makes: hide by its "
+                            "means (README, Firewalls of your own).")
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
-                           f"public_ports in {config.path}, or begin anew after hide --undo.")
+                           f"public_ports in {config.path}, and restart the server.")
     if take_lock(firewall.chain):
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
-    if not take_lock(firewall.hiding_chain):
-        raise Fault(SYSTEM, "hide runs already, in another terminal.")
+    if not try_hiding(config, firewall, ports):
+        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
+                               "sudo tariq.py check says what is wrong.")
+    log("A connection came in through a door: hidden for good, also after a reboot. "
+        "sudo tariq.py hide --undo ends it.")
+
+def try_hiding(config, firewall, ports):
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
+    for family in IPTABLES:
+        with suppress(Fault):  # `hide` says it
+            firewall.put_back(family)
     firewall.public_ports = ports
     hidden = [port for port in listening_ports() if port not in ports]
     log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
         f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
-    kept, fewest = False, packets_in(firewall)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
+        signal.signal(number, signal.default_int_handler)
+    kept, before = False, packets_in(firewall)
     try:
-        limit = time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL))
-        hide(firewall, limit)
+        hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
             "(O 22), then connect (ssh).")
         end = monotonic() + TRIAL
         while monotonic() < end and not kept:
             time.sleep(1)
-            packets = packets_in(firewall)
-            kept, fewest = packets > fewest, min(packets, fewest)  # fewer: a door was closed
+            now = packets_in(firewall)
+            kept = any(count > before.get(rule, 0) for rule, count in now.items())
+            before = now
         if kept:
             set_public_ports(config.path, ports)
             hide(firewall)
     finally:
         if not kept:
             unhide(config, firewall)
-    if not kept:
-        raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
-                               "sudo tariq.py check says what is wrong.")
-    log("A connection came in through a door: hidden for good, also after a reboot. "
-        "sudo tariq.py hide --undo ends it.")
+    return kept
 
 def hide(firewall, limit=""):
-    for family in IPTABLES:
+    for family, program in IPTABLES.items():
         try:
             rules = firewall.rules(family, "INPUT")
-            firewall.transact(family, firewall.hiding_lines(family, rules, limit))
+            firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, f"Nothing is hidden: {fault} (Where the kernel has no xt_time, "
-                                    "hide cannot end by itself, and does nothing.)")
-            log("This kernel has no IPv6: nothing to hide there.")
+                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by "
+                                    "itself (xt_time in the kernel) there is no way back.",
+                            fault.detail)
+            log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
     if "public_ports" in config.values["server"]:
         set_public_ports(config.path, None)
     for family in IPTABLES:
-        with suppress(Fault):
-            lines = firewall.unhiding_lines(firewall.rules(family, "INPUT"))
-            if firewall.rules(family, firewall.hiding_chain):
-                lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        rules = []
+        with suppress(Fault):  # without ip6tables nothing was hidden by it
+            rules = firewall.rules(family, "INPUT")
+        lines = [rule.replace("-A", "-D", 1) for rule in rules
+                 if rule.endswith(f"-j {firewall.hiding_chain}")]
+        if rules and firewall.rules(family, firewall.hiding_chain):
+            lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
+        if lines:
             firewall.transact(family, lines)
 
 def listening_ports():
@@ -1440,9 +1532,14 @@ def listening_ports():
     return sorted(ports, key=lambda port: int(port.partition("/")[0]))
 
 def packets_in(firewall):
-    """How many packets that begin a connection have come in through the doors."""
-    rules = [rule for family in IPTABLES for rule in firewall.rules(family, firewall.chain, "-v")]
-    return sum(int(re.search(r" -c (\d+)", rule)[1]) for rule in rules if "NEW" in rule)
+    """{rule of a door: how many packets that begin a connection have come in by it}"""
+    packets = {}
+    for family in IPTABLES:
+        with suppress(Fault):  # there is no ip6tables
+            for rule in firewall.rules(family, firewall.chain, "-v"):
+                if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
+                    packets[rule.replace(counters[1], "")] = int(counters[2])
+    return packets
 
 def take_lock(name):
     """Hold a lock of this network namespace, as each has its own chains, until this process ends,
@@ -1510,7 +1607,7 @@ class Monitor:
                 config = Config(self.config.path, root=True)
                 config.require("server")
                 self.config = config
-                self.firewall.public_ports = config.values["server"].get("public_ports")
+                self.firewall.public_ports = config.get("public_ports", default=None)
                 for line in config.all_faults():
                     log(line)
             except (Fault, OSError) as error:
@@ -1545,16 +1642,17 @@ class Monitor:
             else:
                 seconds = config.get("open_timeout", [section, "server"], 3600)
                 text = self.move_doors(command, ip, user, seconds)
-                self.finish(knock_id, event, True, 0, text)
+                self.finish(knock_id, f"{event}: {text}", result_of(True, 0, text.encode()))
         except Exception as error:  # whatever becomes of one request, doors are watched
             fault = as_fault(error)
-            self.finish(knock_id, event, False, fault.code, str(fault))
+            self.finish(knock_id, f"{event}: {fault}",
+                        result_of(False, fault.code, str(fault).encode()))
         self.look_after_firewall()
 
     def named(self, text):
         """Text with clients' names in the place of their fingerprints."""
         def name(match):
-            return self.config.clients.get(match[0], match[0]).removeprefix("allow ")
+            return self.policy().clients.get(match[0], match[0]).removeprefix("allow ")
         return re.sub(r"\b[0-9A-F]{40}\b", name, text)
 
     def ready(self):
@@ -1576,11 +1674,11 @@ class Monitor:
         return f"opened {names} for {last.source} until {last.end()}{doubt}"
 
     def open(self, door):
-        known = self.doors.get(door.key)
-        if known and known.user != door.user and known.until > door.until:
-            return ""  # who shares an address shares its doors: this one stays open longer
-        if known:
-            self.close(known)  # opened again, it has a new end
+        """O, for one port -> why it may be shut all the same, in words, or ''. Raises Fault."""
+        if known := self.doors.get(door.key):
+            if known.user != door.user and known.until > door.until:
+                door = known  # who shares an address shares its doors: the later end holds
+            self.close(known)
         owned = [other for other in self.doors.values() if other.user == door.user]
         if len(owned) >= DOORS_MAX:
             self.close(owned[0])  # the oldest
@@ -1619,7 +1717,7 @@ class Monitor:
     def look_after_firewall(self):
         """Put back what a flush took, in both families, once the client has its answer."""
         for family in IPTABLES:
-            with suppress(Fault):  # the next door says it
+            with suppress(Exception):  # the next door says it
                 self.firewall.put_back(family)
 
     def stop(self):
@@ -1646,17 +1744,13 @@ class Monitor:
     def await_command(self, process, knock_id, event):
         status, output = finished(process)
         self.command_slots.release()
-        log(f"{event}: exit status {status}")
-        self.give(knock_id, True, status, output)
+        self.finish(knock_id, f"{event}: exit status {status}", result_of(True, status, output))
 
-    def finish(self, knock_id, event, done, status, text):
+    def finish(self, knock_id, event, result):
         """Log one event (who, from where, what, verdict), and give the listener the result."""
-        log(f"{event}: {text}")
-        self.give(knock_id, done, status, text.encode())
-
-    def give(self, knock_id, done, status, text):
+        log(event)
         with suppress(OSError):  # a listener that does not read must not stop the monitor
-            self.channel.send(knock_id + result_of(done, status, text), socket.MSG_DONTWAIT)
+            self.channel.send(knock_id + result, socket.MSG_DONTWAIT)
 
     def start_listener(self):
         """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
@@ -1721,7 +1815,6 @@ SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/soc
 
 def packet_socket(ports):
     """A socket that gets frames only, of all interfaces; root's filter on it is locked."""
-    import ctypes
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # gets none until it is bound
     lines = filter_lines(ports)
     labels = {label: number for number, (label, *_) in enumerate(lines) if label}
@@ -1799,6 +1892,7 @@ RestartPreventExitStatus=64 69 78
 KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
+LimitCORE=0
 UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
@@ -1836,23 +1930,30 @@ def locked_directory(path):
     return directory
 
 def write_file(path, text, mode=0o600):
-    """Write a file, whole or not at all: the server may read it at any moment."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
+    try:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(f"{path}.new")
+        raise Fault(SYSTEM, f"{path} cannot be written: {error.strerror}. It is as it was.")
     log(f"wrote {path}")
 
 def set_public_ports(path, ports):
-    """Set public_ports in a server's config, or take it out (None); all else stays as it is."""
+    """Set public_ports in [server], or take it out (None); all else stays as it is."""
     locked_directory(path)
-    text = re.sub(r"(?m)^public_ports *=.*\n", "", Config(path, root=True).text)
+    text = Config(path, root=True).text.rstrip() + "\n"
+    server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
+    without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
+    header, rest = without.split("\n", 1)
     if ports is not None:
-        line = f"public_ports = {', '.join(ports) or 'none'}\n"
-        text = re.sub(r"(?m)^\[server\].*\n", lambda header: header[0] + line, text, count=1)
-    write_file(path, text)
+        header += f"\npublic_ports = {', '.join(ports) or 'none'}"
+    write_file(path, text.replace(server, f"{header}\n{rest}"))
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -1869,7 +1970,8 @@ def install():
     files = [(PROGRAM, source, 0o755), *([(UNIT_PATH, UNIT, 0o644)] if systemd else [])]
     for path, text, mode in files:
         with suppress(OSError), open(path, encoding="utf-8") as file:
-            if file.read() == text:
+            status = os.fstat(file.fileno())
+            if (file.read(), status.st_uid, status.st_mode & 0o777) == (text, 0, mode):
                 continue
         write_file(path, text, mode)
     return systemd
@@ -1880,9 +1982,10 @@ def cmd_init(options):
 
         sudo ./tariq.py init"""
     need_root()
-    import importlib.util, pwd, shutil
-    needed = {PACKAGES[name] for name in PACKAGES if not shutil.which(name)
-              and not (name in ("scapy", "PIL") and importlib.util.find_spec(name))}
+    import importlib.machinery, pwd, shutil, site
+    find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
+    needed = {PACKAGES[name] for name in PACKAGES
+              if not shutil.which(name) and not find_spec(name, places)}
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
@@ -1925,23 +2028,33 @@ def cmd_check(options):
     need_root()
     config = Config(options.config, root=True)
     faults = config.all_faults()
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            faults.append(str(as_fault(error)))
     if home := config.get("server_gpg_dir", default=None):
+        attempt(as_owner, home)
         keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
-                for key in list_keys(home, option)}  # one that is secret comes last
+                for key in attempt(list_keys, home, option) or []}
         wanted = {config.get("server_key", default=""): "server", **config.clients}
         for fingerprint, section in wanted.items():
             key = keys.get(fingerprint)
             if section == "server" and key and key["kind"] != "sec":
                 key = None
-            if trouble := trouble_with(key):
+            if trouble := trouble_with(key, "E" if section == "server" else "S"):
                 faults.append(f"The key of [{section}] {trouble} {home}.")
             else:
-                log(f"The key of [{section}] is good {end_of(key)}.")
-    if "open_command" not in config.values.get("server", {}):
-        firewall = Iptables(config)
+                log(f"The key of [{section}] is good, and expires: {key['expires']}.")
+    if "open_command" in config.values["server"]:
+        attempt(Commands, config)
+    elif firewall := attempt(Iptables, config):
         for family, program in IPTABLES.items():
-            doubts = firewall.doubts(firewall.rules(family, "INPUT"))
-            log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+            try:
+                doubts = firewall.check(family)
+                log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+            except Fault as fault:
+                (log if family == 6 else faults.append)(str(fault))
     for line in faults:
         log(f"FAULT: {line}")
     return CONFIG if faults else 0
@@ -1969,7 +2082,8 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    log(f"the key of {options.user} is {key} (knocks use that of `user` in {path})")
+    state = known and trouble_with(known, "S") or f"is {key}"
+    log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):
@@ -1990,24 +2104,26 @@ def cmd_enroll(options):
     as_owner(home)  # raises Fault where it is root's
     profile = {item: config.ini["server"][item] for item in PROFILE}  # as text
     key = show_key(home, text)
-    fingerprint, before = key["fpr"], find_key(home, "--list-keys", key["fpr"])
     name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
-    section = config.clients.get(fingerprint)
+    section = config.clients.get(key["fpr"])
+    trouble = trouble_with(key, "S")
+    if not section and trouble:
+        raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
     if not section and (f"allow {name}" in config.values
                         or not re.fullmatch(r"(?a)\w[\w.@+-]*", name)):
         raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one with "
                               "--name.")
-    gpg(home, "--import", data=text)
+    _, status, _ = gpg(home, "--import", data=text)
     if section:
-        now = find_key(home, "--list-keys", fingerprint)
-        news = "nothing is new" if now == before else \
-            f"its key is updated, and {trouble_with(now) or 'good ' + end_of(now)}"
-        log(f"[{section}] is there already: {news}. What it may do stays as it is.")
+        updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
+        state = trouble or f"expires: {key['expires']}"
+        log(f"[{section}] is there already, and its key is {'updated' if updated else 'the same'}: "
+            f"it {state}. What it may do stays as it is.")
     else:
         may = "".join(f"\n    {line}" for line in lines)
-        section = f"[allow {name}]\nkey = {fingerprint}\nmay ={may}\n"
+        section = f"[allow {name}]\nkey = {key['fpr']}\nmay ={may}\n"
         write_file(config.path, f"{config.text.rstrip()}\n\n{section}")
-        log(f"{name} ({fingerprint}) may {'; '.join(lines)}")
+        log(f"{name} ({key['fpr']}) may {'; '.join(lines)}")
     profile["public_key"] = gpg(home, "--armor", "--export", profile["server_key"])[0].decode()
     os.write(1, json.dumps(profile).encode() + b"\n")
 
@@ -2051,7 +2167,7 @@ def command_line():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="store_true",
                         help="print the version, and the SHA-256 of this very file")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="tariq.py", metavar="COMMAND", required=True)
     add = {}
     for function, config in (
             (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
@@ -2073,16 +2189,14 @@ def command_line():
     add["join"]("host", help="the server's name or address, as you will knock at it")
     add = add["knock"]
     add("-u", "--user", help="sign with the key of this user")
-    add("-p", "--ports", help="knock at these secret_ports",
-        type=lambda text: parse("secret_ports", text))
+    add("-p", "--ports", help="knock at these secret_ports")
     add("-i", "--img-dir", help="hide the request in a PNG image of this folder")
     add("-g", "--gpg-dir", help="use this keyring")
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0,
             help=f"knock by IPv{flag[1]} only")
     add("-t", "--timeout", type=float, default=10, help="give up after so many seconds (10)")
-    add("--address", help="the address that the server should see (behind NAT), or any",
-        type=lambda text: parse("address", text))
+    add("--address", help="the address that the server should see (behind NAT), or any")
     add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
         help="send by this only; kernel and udp take turns otherwise")
     add("-v", "--verbose", action="store_true", help="say each step, and what gpg said")
