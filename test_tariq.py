@@ -2673,17 +2673,20 @@ def revoke(home, key, subkey=0):
     answers = [*([f"key {subkey}"] if subkey else []), "revkey", "y", "0", "", "y", "save", ""]
     gpg(home, "--command-fd", "0", "--edit-key", key, input="\n".join(answers))
 
-def client_with_key(world, name, steps, *options, allow=("O 22",)):
-    """A client whose key is made by steps of gpg, each words after KEY, some days ago by `options`."""
+def signing_with(world, name):
+    """An enrolled client whose primary key only certifies; a subkey signs."""
     home = world.lab.dir / name / "gpg"
     for directory in (home.parent, home):
         sh("install", "-d", "-m", "700", "-o", NOBODY, "-g", NOBODY, directory)
-    gpg(home, *options, "--quick-generate-key", f"{name}@example.com", *steps[0])
-    for command, *words in steps[1:]:
-        gpg(home, *options, command, fingerprint(home, name), *words)
-    return second_client(world, name, allow)
+    gpg(home, "--quick-generate-key", f"{name}@example.com", "ed25519", "cert", "never")
+    gpg(home, "--quick-add-key", fingerprint(home, name), "ed25519", "sign", "never")
+    return second_client(world, name)
 
-def enroll_again(world, conf, name=None):
+def let_expire(home, key, *subkey):
+    gpg(home, "--quick-set-expire", key, "seconds=1", *subkey)
+    time.sleep(2.1)  # times of OpenPGP are whole seconds
+
+def enroll_again(world, conf):
     """The README's pipe once more, from keygen to join -> what enroll said."""
     user = config_values(conf, "client")["user"]
     public = world.lab.tariq(world.client, "keygen", "-c", conf, user, user=NOBODY).stdout
@@ -2699,28 +2702,35 @@ def refused_in_log(world, conf, *words):
     line = next(line for line in world.tariq.log.removeprefix(before).splitlines() if "knock refused" in line)
     assert all(word in line for word in (world.client.ip, *words)), line
 
-DAYS = 86400
-SIGNING_KEY = ["ed25519", "cert,sign", "2d"]
+def copy_of(conf, name):
+    """A thief's copy of a client's directory -> its config."""
+    thief = conf.parent.with_name(name)
+    sh("sh", "-c", 'cp -a "$0" "$1" && rm -f "$1"/gpg/S.*', conf.parent, thief)
+    edit(thief / "tariq.conf", (f"{conf.parent}/", f"{thief}/"))
+    return thief / "tariq.conf"
 
-def test_a_renewed_key_enrolled_again_opens_and_the_server_says_until_when(box):
-    conf = client_with_key(box, "renewed", [SIGNING_KEY], *at_time(-3 * DAYS))
+DAYS = 86400
+
+def test_a_key_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(box):
+    conf = second_client(box, "renewed")
     home = conf.parent / "gpg"
+    key = fingerprint(home, "renewed")
+    let_expire(home, key)
+    said = enroll_again(box, conf)
+    assert "updated" in said and "expired" in said, said
     fails(box, 65, "expired", conf=conf)
-    gpg(home, "--quick-set-expire", fingerprint(home, "renewed"), "1y")
+    gpg(home, "--quick-set-expire", key, "1y")
     refused_in_log(box, conf, "renewed@example.com", "expired")
-    said, end = enroll_again(box, conf), time.strftime("%Y", time.gmtime(time.time() + 365 * DAYS))
-    assert "updated" in said and f"until {end}-" in said, said
+    said, year = enroll_again(box, conf), time.strftime("%Y", time.gmtime(time.time() + 365 * DAYS))
+    assert "updated" in said and f" {year}-" in said, said
     assert "opened tcp/22" in opens(box, conf=conf)
 
 def test_a_key_enrolled_again_that_is_as_it_was_is_nothing_new(box):
-    assert "nothing is new" in enroll_again(box, box.me)
+    assert "the same" in enroll_again(box, box.me)
 
 def test_a_revoked_key_enrolled_again_is_refused_and_the_copy_of_its_private_key_opens_nothing(box):
-    conf = client_with_key(box, "revoked", [["ed25519", "cert,sign", "never"]])
-    home, copy = conf.parent / "gpg", box.lab.dir / "copy"
-    sh("sh", "-c", 'cp -a "$0" "$1" && cp -a "$0" "$2" && rm -f "$1"/gpg/S.*', conf.parent, copy, f"{copy}2")
-    thief = copy / "tariq.conf"
-    edit(thief, (f"{conf.parent}/", f"{copy}/"))
+    conf = second_client(box, "revoked")
+    home, thief = conf.parent / "gpg", copy_of(conf, "thief")
     opens(box, conf=thief)
     revoke(home, fingerprint(home, "revoked"))
     said = enroll_again(box, conf)
@@ -2728,28 +2738,30 @@ def test_a_revoked_key_enrolled_again_is_refused_and_the_copy_of_its_private_key
     refused_in_log(box, thief, "revoked@example.com", "is revoked")
     fails(box, 65, "is revoked", conf=conf)
 
-def test_an_expired_subkey_that_was_renewed_opens_again(box):
-    conf = client_with_key(box, "subkey", [["ed25519", "cert", "never"], ["--quick-add-key", "ed25519", "sign", "2d"]],
-                           *at_time(-3 * DAYS))
+def test_an_older_copy_enrolled_again_takes_no_revocation_back_and_enroll_says_so(box):
+    conf = second_client(box, "older")
+    home, thief = conf.parent / "gpg", copy_of(conf, "older-thief")
+    revoke(home, fingerprint(home, "older"))
+    enroll_again(box, conf)
+    assert "revoked" in enroll_again(box, thief)
+    refused_in_log(box, thief, "older@example.com", "is revoked")
+
+def test_a_signing_subkey_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(box):
+    conf = signing_with(box, "subkey")
     home = conf.parent / "gpg"
     key = fingerprint(home, "subkey")
-    gpg(home, "--quick-set-expire", key, "1y", *subkeys(home, key))
+    subkey, = subkeys(home, key)
+    let_expire(home, key, subkey)
+    fails(box, 65, "expired", conf=conf)
+    enroll_again(box, conf)
+    gpg(home, "--quick-set-expire", key, "1y", subkey)
     refused_in_log(box, conf, "subkey@example.com", "expired")
     assert "updated" in enroll_again(box, conf)
     opens(box, conf=conf)
 
-def test_an_own_subkey_that_expired_has_words_of_its_own(box):
-    conf = client_with_key(box, "lapsed", [["ed25519", "cert", "never"], ["--quick-add-key", "ed25519", "sign", "2d"]],
-                           *at_time(-3 * DAYS))
-    fails(box, 65, "expired", conf=conf)
-
-def test_a_revoked_subkey_opens_nothing_and_the_log_says_so(box):
-    conf = client_with_key(box, "signing", [["ed25519", "cert", "never"],
-                                            ["--quick-add-key", "ed25519", "sign", "never"]])
-    home, copy = conf.parent / "gpg", box.lab.dir / "copy-of-signing"
-    sh("sh", "-c", 'cp -a "$0" "$1" && rm -f "$1"/gpg/S.*', conf.parent, copy)
-    thief = copy / "tariq.conf"
-    edit(thief, (f"{conf.parent}/", f"{copy}/"))
+def test_a_revoked_signing_subkey_opens_nothing_and_the_log_says_so(box):
+    conf = signing_with(box, "signing")
+    home, thief = conf.parent / "gpg", copy_of(conf, "signing-thief")
     opens(box, conf=thief)
     revoke(home, fingerprint(home, "signing"), 1)
     assert "updated" in enroll_again(box, conf)
@@ -2971,6 +2983,7 @@ def container(idle):
     for process in host.init, host.outer:
         process.kill()
         process.wait()
+    sh("ip", "netns", "del", host.netns)  # else it still answers who has its address
 
 @pytest.fixture
 def boxed(container):
@@ -3208,8 +3221,7 @@ def test_a_rule_that_would_open_more_than_it_should_is_refused_at_start_with_wor
         assert server.process.wait(15) == 78
     finally:
         server.kill()
-    line, = server.log.splitlines()
-    assert "open_tcp_port" in line and "{net}" in line
+    assert "open_tcp_port" in server.log and "{net}" in server.log
 
 def test_a_command_that_would_open_more_than_it_should_is_refused_at_start_with_words(idle):
     server = Server(idle.lab, idle.server, variant(idle, open_command="nft add element inet tariq doors {ip}/24 {dport}",
