@@ -22,6 +22,13 @@ sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, 
 time, and has a fresh nonce: the same bytes twice are a replay. The client repeats its knock in new
 frames until it has the result; the server acts once. Patience is how long a command may run.
 
+Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and with K in the
+memory of server, listener and client; private keys in keyrings, read by gpg and gpg-agent only,
+with a passphrase where their owner set one (a server's has none); k in client, listener, and pipes
+to gpg. Nowhere else: no argument, environment or log has one (a log has 16 characters of what
+stands in the place of a config's key), no other user's process can look in (the listener is not
+dumpable), and the service leaves no core dump.
+
 The parts, in the order of the file, and who reads what before trusting it with a machine:
 
     part                   runs as                is fed by               to be read by
@@ -62,7 +69,7 @@ policy; 78 config; 130 interrupted"""
 
 # Where Debian and Ubuntu have what a minimal machine of theirs may lack.
 PACKAGES = {"gpg": "gnupg", "iptables": "iptables", "ip6tables": "iptables", "ss": "iproute2",
-            "scapy": "python3-scapy", "PIL": "python3-pil"}
+            "setpriv": "util-linux", "scapy": "python3-scapy", "PIL": "python3-pil"}
 
 class Fault(Exception):
     """What the user can mend: an exit code, the line they read, and what a program said to it,
@@ -73,7 +80,8 @@ class Fault(Exception):
         self.code, self.detail = code, detail
 
 def missing(name):
-    package = PACKAGES.get(name.partition(".")[0], name)
+    """The Fault of a program, or of a module of Python's."""
+    package = PACKAGES.get(name, name)
     mend = "" if "/" in name else f": apt-get install {package}"
     return Fault(MISSING, f"{name} is missing on this machine{mend}")
 
@@ -88,7 +96,7 @@ def as_fault(error):
     if isinstance(error, Fault):
         return error
     if isinstance(error, ImportError):
-        return missing(error.name or str(error))
+        return missing(str(error.name).partition(".")[0])
     if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
@@ -194,7 +202,12 @@ def stamp_of(status):
 
 class Config:
     """One INI file, which may hold a secret, read whole. A fault in a section is kept, and raised
-    to who needs that section. Raises Fault for what is no INI file, or, without one, OSError."""
+    to who needs that section (`require`). Raises Fault for what is no INI file.
+
+    A bad edit of a server's: no INI, unreadable, or a fault in [server]: while the server runs, the
+    last whole one holds, with the clients it had, and the log says so (Monitor.policy). At a start:
+    exit 78 before anything is touched; so after a reboot the machine is not hidden, and who mends
+    it gets in. A fault in one [allow NAME]: that client is refused, nobody else."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -363,11 +376,11 @@ def list_keys(home, *arguments, data=b""):
         raise gpg_fault(home, said)
     return keys
 
-def trouble_with(key, use):
-    """Why a key (None: it is not there) cannot be used to sign ("S") or to be encrypted to ("E"),
-    in words, or ''."""
+def trouble_with(key, use, home):
+    """Why a key of a keyring (None: it is not there) cannot be used to sign ("S") or to be
+    encrypted to ("E"), in words, or ''."""
     if not key:
-        return "is not in the keyring"
+        return f"is not in the keyring {home}"
     if key["validity"] == "e":
         return f"expired on {key['expires']}"
     if key["validity"] == "r":
@@ -690,7 +703,10 @@ def is_public(address):
     return ip.is_global and not any(ip in network for network in BEHIND_NAT)
 
 class Exchange:
-    """One knock by one route: what it sends, and what it believes."""
+    """One knock by one route: what it sends, and what it believes: nothing but frames with k' as
+    their key. From the challenge on, that the server is its own, and saw the knock come from
+    `seen`. That somebody relays it shows only where this machine's own address is public, or
+    `address` was given: behind NAT without that, any `seen` is taken."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -732,17 +748,17 @@ class Client:
                                 f"tariq.py join {options.host} (README, The first hour).")
         sections = options.host, "client"
         config.require(*sections)
+        def setting(key, option="", default=NEEDED):  # an option goes before the config
+            return parse(key, option) if option else config.get(key, sections, default)
         self.host, self.command, self.verbose = options.host, command, options.verbose
-        self.user = options.user or config.get("user", sections)
-        self.server_key = config.get("server_key", sections)
-        self.home = os.path.expanduser(options.gpg_dir or config.get("client_gpg_dir", sections))
-        self.images = options.img_dir or config.get("img_dir", sections, "")
-        self.address = parse("address", options.address) if options.address \
-            else config.get("address", sections, "")
-        self.ports = parse("secret_ports", options.ports) if options.ports \
-            else config.get("secret_ports", sections)
-        self.shared = shared_key(config.get("secret", sections), self.ports)
-        self.target = config.get("host", sections, options.host)  # what is knocked at
+        self.user = setting("user", options.user)
+        self.server_key = setting("server_key")
+        self.home = os.path.expanduser(setting("client_gpg_dir", options.gpg_dir))
+        self.images = setting("img_dir", options.img_dir, default="")
+        self.address = setting("address", options.address, default="")
+        self.ports = setting("secret_ports", options.ports)
+        self.shared = shared_key(setting("secret"), self.ports)
+        self.target = setting("host", default=options.host)  # what is knocked at
 
     def step(self, text):
         if self.verbose:
@@ -766,14 +782,14 @@ class Client:
 
     def look_at_keys(self, fault):
         """gpg did not seal. Raises Fault where a key is not there, or no longer good."""
-        own = trouble_with(find_key(self.home, "--list-secret-keys", exactly(self.user)), "S")
-        server = trouble_with(find_key(self.home, "--list-keys", self.server_key), "E")
-        if own:
-            raise Fault(BAD_DATA, f"Your key, {self.user}, {own} {self.home}: renew it, or make "
-                                  "one with tariq.py keygen; then enroll it.", fault.detail)
-        if server:
-            raise Fault(BAD_DATA, f"The key of {self.host} {server} {self.home}: enroll and join "
-                                  "again.", fault.detail)
+        own = find_key(self.home, "--list-secret-keys", exactly(self.user))
+        server = find_key(self.home, "--list-keys", self.server_key)
+        if trouble := trouble_with(own, "S", self.home):
+            raise Fault(BAD_DATA, f"Your key, {self.user}, {trouble}: renew it, or make one with "
+                                  "tariq.py keygen; then enroll it.", fault.detail)
+        if trouble := trouble_with(server, "E", self.home):
+            raise Fault(BAD_DATA, f"The key of {self.host} {trouble}: enroll and join again.",
+                        fault.detail)
 
     def knock(self, routes, transports, seconds):
         """Knock by each route and transport in turn, until there is a result -> (Exchange,
@@ -828,7 +844,9 @@ def payloads(sockets, end):
                     del sockets[sock]
 
 def report(client, result):
-    """Print what was done. -> exit code. Raises Fault where it was refused."""
+    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" is said by who
+    knows k: the listener, for the monitor, whose firewall took the rule, and had none of the doubts
+    that would be named here. It does not say that a service answers at the port."""
     text = result.text
     if not result.done:
         raise Fault(result.status or REFUSED,
@@ -868,24 +886,33 @@ def cmd_knock(options):
 
 # ---- listener: packets in, requests out; unprivileged, the only reader of the wire ---------------
 # Who is bounded by what                                      and what happens beyond
-#   anybody: one packet of memory, one hash of time           no frame: dropped, nothing is kept
+#   anybody: a buffer of 2 KiB, one hash of time              no frame: dropped, nothing is kept
 #            RECEIVE_BUFFER in the kernel (twice)             the kernel drops
 #   who has the secret, but no key:
-#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten (see `gate`)
+#            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten
 #            KNOCKS_MAX incomplete knocks                     the oldest is dropped
 #            KNOCKS_MAX complete ones, a thread each; of one  a new one is dropped: the client's
 #              address UNANSWERED_MAX that nobody answered    repeat asks again
+#            ANSWER_TIME and REPEAT_TIME of a knock           it ends
 #            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
 #                                                             at most some 300 log lines a second
-#   who has an enrolled key: as above; then COMMANDS_MAX, DOORS_MAX (monitor)
+#   an enrolled client: as above; a log line a request, and (monitor)
+#            DOORS_MAX doors of its own                       the oldest is closed
+#            COMMANDS_MAX commands of all clients, each for   refused; killed. Nothing bounds what a
+#              command_timeout                                permitted command itself does
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same packet, when self.seen has forgotten it          `gate`: its stamp is CLOCK_SKEW old
-#   the same packet after a restart                           `gate`: it is from before self.began
-#   the same request in new frames, by who has the secret     `dialogue`: nobody else knows k, so
-#                                                             the challenge is not answered
+#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old
+#   the same after a restart                                  `gate`: it is from before self.began
+#     of a client whose clock is ahead, in the next minute    `dialogue`: gets a challenge that
+#   the same request in new frames, by who has the secret       only who knows k can answer
 #   the same request at another server                        `dialogue`: "to" is another key
+#
+# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the server's key and the
+# secret; request what the `may` of any client permits, for any address (Monitor.handle says no to
+# the rest); write log lines; and send any packet by its socket, on any interface. It cannot receive
+# more than its filter passes, be root, or change config, rules or files.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -925,7 +952,8 @@ class Listener:
         self.knocks = {}  # knock id: Knock that a thread serves
         self.complained = {}  # kind: when
 
-    # == bytes that anybody may have sent: in `split`, `unframe`, `keyed`, and from here ==
+    # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -938,7 +966,7 @@ class Listener:
         opened = read_knock(self.key, packet.payload)
         if not opened:
             return None
-        # == to here. Who sent it has the secret; who it is, gpg will say. ==
+        # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
         old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
@@ -1114,8 +1142,8 @@ def cmd_listener(descriptors):
         listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
-        if trouble := trouble_with(key, "E"):
-            raise Fault(CONFIG, f"The server's key {trouble} {listener.home}: tariq.py check")
+        if trouble := trouble_with(key, "E", listener.home):
+            raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
         listener.receive()
@@ -1124,17 +1152,24 @@ def cmd_listener(descriptors):
         channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else; no shell; stdin empty, or what `data` says; cwd /.
+# Environment: PATH as below, and nothing else (the listener: HOME=/; gpg: also GPG_TTY); no shell;
+# descriptors 0 to 2 only; cwd / (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
-#   iptables, ip6tables, their -restore  run, query      root             15 s      OUTPUT_ROOM
+#   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
+#     -legacy -S
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
-#   ss, firewall-cmd (hide), useradd,    run, query      root             60 s      OUTPUT_ROOM
-#     id, gpgconf, systemctl (init)
+#   ss, firewall-cmd (hide); id, useradd run, query      root             60 s      OUTPUT_ROOM
+#     systemctl, gpgconf (init)
 #   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
 #     (init, check, enroll)
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
+# and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
+#
+# Words of others on their command lines: ports (digits: port_of), addresses (ipaddress prints
+# them), fingerprints (40 digits), and of E what `forbidden` lets through. The config's words are
+# the admin's. No word is split or joined: {fields} are filled in after the splitting.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1183,6 +1218,10 @@ def run(*words, accept=0, seconds=15):
     return status, output
 
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
+# A door's end is Door.until: open_timeout from when it was opened. It is kept by the kernel, where
+# the rule says {until} (xt_time) or the command {seconds} (nft's timeout), whoever is dead; and by
+# `close_ended` while the server runs. Two clients behind one address share its doors: the later end
+# holds, and who has that closes it. Two servers on one machine need two chains (take_lock).
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1239,6 +1278,8 @@ KEPT = {
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
 
+NO_SYN = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"
+
 class Iptables:
     """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
     public_ports, to one more that drops what is not public."""
@@ -1249,6 +1290,7 @@ class Iptables:
         self.templates = {protocol: config.get(f"open_{protocol}_port", default=RULE_OF_A_DOOR)
                           for protocol in ("tcp", "udp")}
         self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
+        self.last_port = config.get("secret_ports", default=[0])[-1]
         self.families = set()  # in which there may be doors
 
     def rules(self, family, chain, *options):
@@ -1304,9 +1346,12 @@ class Iptables:
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
+            # While there is a limit, TCP connections that were idle since before the kernel tracked
+            # them are taken up; but not at the knock's last port, where that would end a knock.
+            idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", NO_SYN] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, "-j DROP"]),
+                        for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1440,6 +1485,8 @@ def cmd_hide(options):
         sudo tariq.py hide --undo"""
     need_root()
     ports = [port_of(word) for word in options.ports]
+    if ports and options.undo:
+        raise Fault(USAGE, "--undo takes no ports: it hides nothing any more.")
     config = Config(options.config, root=True)
     firewall = Iptables(config)
     if not take_lock(firewall.hiding_chain):
@@ -1465,21 +1512,24 @@ def cmd_hide(options):
         "sudo tariq.py hide --undo ends it.")
 
 def try_hiding(config, firewall, ports):
-    """Hide for a trial; for good if a connection comes in through a door -> whether one did."""
+    """Hide for a trial; for good if a connection comes in through a door -> whether one did.
+    What changes: a chain with DROP at its end, and a jump to it in INPUT (nowhere else: what Docker
+    forwards is not hidden). The jump bears its own end: after TRIAL seconds the kernel passes it
+    by, whatever became of this program, the session or the network. Only after a connection: the
+    line public_ports in the config, and the same jump without an end."""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
     firewall.public_ports = ports
-    hidden = [port for port in listening_ports() if port not in ports]
-    log(f"Hidden: {' '.join(hidden) or 'nothing listens'}. Public as before: "
-        f"{' '.join(ports) or 'none'}. All else is dropped, but answers to this machine.")
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
         signal.signal(number, signal.default_int_handler)
     kept, before = False, packets_in(firewall)
     try:
         hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
-        log(f"For {TRIAL} seconds, whatever happens. Now, in another terminal, on a client: knock "
-            "(O 22), then connect (ssh).")
+        hidden = [port for port in listening_ports() if port not in ports]
+        log(f"Hidden for {TRIAL} seconds, whatever happens: {' '.join(hidden) or 'nothing listens'}"
+            f". Public as before: {' '.join(ports) or 'none'}. All else is dropped.")
+        log("Now, in another terminal, on a client: knock (O 22), then connect (ssh).")
         end = monotonic() + TRIAL
         while monotonic() < end and not kept:
             time.sleep(1)
@@ -1527,9 +1577,9 @@ def listening_ports():
     for line in query("ss", "-Hlntu")[1].splitlines():
         protocol, _, _, _, local, *_ = line.split()
         address, _, port = local.rpartition(":")
-        if not address.startswith(("127.", "[::1]")) and "%lo" not in address:
-            ports[f"{port}/{protocol}"] = None
-    return sorted(ports, key=lambda port: int(port.partition("/")[0]))
+        if not address.startswith(("127.", "[::1]")):
+            ports[f"{port}/{protocol}"] = int(port)
+    return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
     """{rule of a door: how many packets that begin a connection have come in by it}"""
@@ -1557,14 +1607,17 @@ def take_lock(name):
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
 #   the listener's death   closed: exit 70, `stop`       the same               stays
-#   a reboot               gone                          gone                   again at the start
-# A full disk ends nothing: nothing is written for a knock; log lines may be lost.
+#   a reboot               gone                          gone                   again, if it starts
+# Connections that are there go on. A client that is taken out of the config is refused from its
+# next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
+# knock; log lines may be lost. After a SIGKILL systemd starts it again, and a start closes doors.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 
 def forbidden(patterns, command):
-    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself.
-    E: one pattern fits word by word, where * is any word; as the last one any number, or none."""
+    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself, *
+    is any. E: one pattern fits word by word, where * (quoted, too) is any word, an option or a path
+    as well; as the last one any number, or none. A port is opened for all who share the address."""
     action, *words = command
     allowed = [pattern[1:] for pattern in patterns if pattern[0] == action]
     if action != "E":
@@ -1753,7 +1806,10 @@ class Monitor:
             self.channel.send(knock_id + result, socket.MSG_DONTWAIT)
 
     def start_listener(self):
-        """The listener: this file on stdin (only root need read it), two sockets, a user's ids."""
+        """The listener. At its first instruction it has: the ids of the keyring's owner, no group,
+        no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
+        root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
+        closes them). check_unprivileged ends it where a privilege is left."""
         packets = packet_socket(self.ports)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -1865,6 +1921,14 @@ def cmd_server(options):
         monitor.stop()
 
 # ---- set-up: once, by hand; init, check, enroll as root, keygen, join as the user ----------------
+# Files, all written by write_file, whole or not at all, but those marked *:
+#   /etc/tariq/tariq.conf         root's, 0600      init, enroll, hide
+#   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg in init and enroll, as tariq
+#   PROGRAM, UNIT_PATH            root's, 755, 644  init
+#   /run/tariq-CHAIN-*.lock       root's, 0600 *    server and hide: empty, never removed
+#   ~/.config/tariq               yours, 0600       keygen, join (* gpg, its keyring in there)
+# enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
+# so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
 PROGRAM = "/usr/local/bin/tariq.py"
 UNIT_PATH = "/etc/systemd/system/tariq.service"
@@ -1989,7 +2053,7 @@ def cmd_init(options):
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
-    directory = locked_directory(options.config)
+    directory, name = locked_directory(options.config), socket.gethostname()
     home = f"{directory}/.server-gpg"
     if query("id", "tariq")[0]:
         run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
@@ -2000,7 +2064,7 @@ def cmd_init(options):
         os.makedirs(home, exist_ok=True)
         os.chown(home, owner.pw_uid, owner.pw_gid)
         known = list_keys(home, "--list-secret-keys")
-        key = known[0]["fpr"] if known else make_key(home, f"tariq@{socket.gethostname()}")
+        key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
         run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
         ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
         secret = base64.b64encode(os.urandom(32)).decode()
@@ -2009,16 +2073,18 @@ def cmd_init(options):
                    f"server_gpg_dir = {home}\nserver_key = {key}\n")
     if options.config != ROOT_CONFIG:
         return log(f"Run: tariq.py server -c {options.config}")  # another one's set-up, by hand
-    Config(options.config, root=True).require("server")
-    if install():
+    config = Config(options.config, root=True)
+    config.require("server")
+    if not install():
+        log(f"There is no systemd here: let {PROGRAM} server run as root, also after a reboot.")
+    else:
         run("systemctl", "daemon-reload", seconds=60)
         run("systemctl", "enable", "tariq", seconds=60)
         run("systemctl", "restart", "tariq", seconds=60)
-        log("The server runs, and nothing is hidden yet.")
-    else:
-        log(f"There is no systemd here: let {PROGRAM} server run as root, also after a reboot.")
-    log(f"Next, on a client: tariq.py keygen YOU@LAPTOP | ssh root@{socket.gethostname()} tariq.py "
-        f'enroll --allow "O 22" | tariq.py join {socket.gethostname()}')
+        log(f"The server runs, by tariq.py {VERSION}.")
+    if not config.clients:
+        log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
+            f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
 def cmd_check(options):
     """Say what is wrong with a server's config, keys and firewall, as root. It changes nothing:
@@ -2042,8 +2108,8 @@ def cmd_check(options):
             key = keys.get(fingerprint)
             if section == "server" and key and key["kind"] != "sec":
                 key = None
-            if trouble := trouble_with(key, "E" if section == "server" else "S"):
-                faults.append(f"The key of [{section}] {trouble} {home}.")
+            if trouble := trouble_with(key, "E" if section == "server" else "S", home):
+                faults.append(f"The key of [{section}] {trouble}.")
             else:
                 log(f"The key of [{section}] is good, and expires: {key['expires']}.")
     if "open_command" in config.values["server"]:
@@ -2082,7 +2148,7 @@ def cmd_keygen(options):
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    state = known and trouble_with(known, "S") or f"is {key}"
+    state = known and trouble_with(known, "S", home) or f"is {key}"
     log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
@@ -2106,7 +2172,7 @@ def cmd_enroll(options):
     key = show_key(home, text)
     name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
     section = config.clients.get(key["fpr"])
-    trouble = trouble_with(key, "S")
+    trouble = trouble_with(key, "S", home)
     if not section and trouble:
         raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
     if not section and (f"allow {name}" in config.values
