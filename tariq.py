@@ -162,11 +162,12 @@ def address_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
-FIELDS = r"(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
+FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
 SOURCE = r"(?=.*(?<!! )(-s|--source) \{(ip|net)\}( |$))"  # and no more than that
 RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
         "right for both families), and {dport}", template_of)
-COMMAND = (FIELDS, "a command with {dport}, and {ip} or {net}", template_of)
+COMMAND = (FIELDS, "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
+           template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
@@ -339,7 +340,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
                                   timeout=seconds, env=environment, pass_fds=[memory.fileno()],
                                   start_new_session=bool(change))  # not root's terminal
         except subprocess.TimeoutExpired:  # this bounds its words, too: a second's are a few MB
-            raise Fault(BAD_DATA, f"gpg was not done in {seconds} s with the keyring {home}.")
+            raise Fault(SYSTEM, f"gpg was not done in {seconds} s with the keyring {home}.")
         memory.seek(0)
         said = memory.read(WORDS_MAX).decode(errors="replace")
     if done.returncode and not any_status:
@@ -871,7 +872,7 @@ def cmd_knock(options):
     try:
         status = report(client, result)
     except Fault as error:
-        if error.code != SYSTEM:
+        if error.code not in (SYSTEM, MISSING):
             raise
         fault = error  # the server's ip6tables, say: perhaps the other family's works
     # ssh may take either family: open the other one's door, too. Never run a command twice.
@@ -1020,13 +1021,14 @@ class Listener:
                 threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
 
     def serve(self, knock_id, knock):
-        address = address_in(knock.packet)
+        address, refusal = address_in(knock.packet), None
         try:
             self.dialogue(knock_id, knock, address)
         except Exception as error:  # whatever becomes of one knock, the next is served
-            fault = as_fault(error)
-            self.log(f"{address}: knock refused: {fault} {fault.detail}")
-        self.remember(knock_id)  # before it goes: its repeats shall start no gpg
+            refusal = as_fault(error)
+            self.log(f"{address}: knock refused: {refusal} {refusal.detail}")
+        if not refusal or refusal.code != SYSTEM:  # where gpg had no time, a repeat tries again
+            self.remember(knock_id)  # before it goes: its repeats shall start no gpg
         with self.lock:
             del self.knocks[knock_id]
 
@@ -1909,7 +1911,8 @@ def cmd_server(options):
     config = Config(options.config, root=True)
     for line in config.all_faults():
         log(line)
-    config.require("server")
+    if "server" in config.faults:
+        raise Fault(CONFIG, f"No server: [server] in {config.path} has a fault, as said above.")
     monitor = Monitor(config, notify_socket)
     if not take_lock(monitor.firewall.chain):
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")

@@ -8,8 +8,8 @@
 
 Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the end, also on failure.
 """
-import ast, atexit, base64, bz2, collections, ctypes, fcntl, hashlib, importlib.util, io, itertools, json, os
-import pty, pwd, random, re, select, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile
+import ast, base64, bz2, collections, ctypes, fcntl, hashlib, importlib.util, io, itertools, json, os
+import pty, random, re, select, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile
 import termios, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +17,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from types import SimpleNamespace
 
+LONG = 60  # seconds that what will happen may take on the slowest machine: else it takes no time
 HERE = Path(__file__).resolve().parent
 TARIQ = HERE / "tariq.py"
 NOBODY = 65534
@@ -26,7 +27,7 @@ import tariq  # noqa: E402
 
 # ---- the lab: hosts in namespaces on one switch ----------------------------------------------------------------------
 
-def sh(*argv, check=True, text=True, timeout=60, **options):
+def sh(*argv, check=True, text=True, timeout=600, **options):
     """Run a command to its end and return it; its words are in the error when it fails."""
     options = options if "input" in options else {"stdin": DEVNULL, **options}
     done = subprocess.run([*map(str, argv)], stdout=PIPE, stderr=PIPE, text=text, timeout=timeout, **options)
@@ -44,8 +45,9 @@ class Host:
         self.ip, self.ip6 = f"{prefix}.{number}", f"{prefix6}:{number}"
         sh("ip", "netns", "add", self.netns)
         sh("ip", "-n", self.netns, "link", "set", "lo", "up")
-        # What a kernel says of itself now and then would count as a packet sent.
+        # What a kernel says of itself now and then would count as a packet sent. The rest is inherited.
         self.run("sysctl", "-qw", "net.ipv4.conf.all.forwarding=0", "net.ipv6.conf.all.forwarding=0",
+                 "net.ipv6.conf.all.disable_ipv6=0", "net.ipv6.conf.default.disable_ipv6=0",
                  "net.ipv6.conf.all.router_solicitations=0", "net.ipv6.conf.default.router_solicitations=0")
 
     def command(self, argv, user=None):
@@ -74,12 +76,20 @@ class Host:
                          "-A INPUT -p ipv6-icmp -j ACCEPT", "-P INPUT DROP"):
                 self.run(program, *rule.split())
 
-    def connects(self, address, port=22, timeout=0.4):
-        """Whether a TCP connection to address:port opens, and says SSH."""
+    def connects(self, address, port=22, timeout=None):
+        """Whether a TCP connection to address:port opens, and says SSH. It does not where the SYN had no
+        answer when the kernel sent it again, after a second (or after the timeout): only kernels have
+        a part in that answer. What sshd says takes as long as it takes."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with self.inside(socket.socket, family, socket.SOCK_STREAM) as sock, suppress(OSError):
-            sock.settimeout(timeout)
-            sock.connect((address, port))
+            sock.setblocking(False)
+            sock.connect_ex((address, port))
+            end = time.monotonic() + (timeout or 60)
+            while not select.select([], [sock], [], 0.02)[1]:
+                sent_again = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[2]
+                if sent_again if timeout is None else time.monotonic() > end:
+                    return False
+            sock.settimeout(60)
             return sock.recv(4) == b"SSH-"
         return False
 
@@ -90,7 +100,6 @@ class Host:
 
     def sshd(self, system=False):
         """A real sshd on port 22, with a key of its own and no configuration, or with the system's."""
-        Path("/run/sshd").mkdir(exist_ok=True)
         options = ["-f", "/dev/null", "-h", self.lab.new("sshd-key"), "-o", "PidFile=none", "-o", "UsePAM=no"]
         if system:
             self.run("ssh-keygen", "-A")
@@ -100,7 +109,9 @@ class Host:
         # OpenSSH 9.8 and later shuts out addresses that connect and do not log in, as the tests do.
         version = tuple(map(int, re.search(r"OpenSSH_(\d+)\.(\d+)", sh("ssh", "-V").stderr).groups()))
         options += ["-o", "PerSourcePenalties=no"] if version >= (9, 8) else []
-        self.popen("/usr/sbin/sshd", "-D", *options, stdout=DEVNULL, stderr=DEVNULL)
+        options += ["-o", "MaxStartups=500"]  # else it refuses some while it is slow to see others go
+        own = '[ -d /run/sshd ] || { mount -t tmpfs x /run && mkdir -m 755 /run/sshd; }; exec "$@"'
+        self.popen("sh", "-c", own, "sh", "/usr/sbin/sshd", "-D", *options, stdout=DEVNULL, stderr=DEVNULL)
         wait_for(lambda: self.connects("127.0.0.1"), "sshd does not come up")
 
 # Waits until the tests close its stdin, or are gone, however they went; then removes a lab and all that runs in it.
@@ -112,7 +123,6 @@ for space in $(ip netns list | grep -o "^$1-[^ ]*"); do
     ip netns del $space
 done
 rm -rf --one-file-system "$2"
-[ -z "$3" ] || userdel -f tariq
 """
 
 class Lab:
@@ -124,9 +134,11 @@ class Lab:
         if os.geteuid():
             pytest.skip("makes network namespaces: run as root")
         self.prefix, self.hosts = f"tq-{os.getpid()}-{next(self.count)}", {}
-        self.dir, self.switch = Path(tempfile.mkdtemp(prefix="tariq-test-")), f"{self.prefix}-switch"
+        # Not in $TMPDIR: it may be root's alone, or too long for gpg-agent; nor with root's umask.
+        self.dir, self.switch = Path(tempfile.mkdtemp(prefix="tariq-test-", dir="/tmp")), f"{self.prefix}-switch"
+        os.umask(0o022)
         self.dir.chmod(0o755)
-        words = [self.prefix, self.dir, "" if user_exists() else "and the user that `init` makes"]
+        words = [self.prefix, self.dir]
         self.janitor = subprocess.Popen(["sh", "-c", JANITOR, "sh", *words], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
                                         start_new_session=True)
         self.program(path=self.dir / "tariq.py")
@@ -140,7 +152,7 @@ class Lab:
 
     def __exit__(self, *_):
         self.janitor.stdin.close()
-        self.janitor.wait(60)
+        self.janitor.wait(600)
 
     def new(self, name):
         """A path of the lab's own that nothing has yet."""
@@ -149,8 +161,9 @@ class Lab:
     def program(self, change="", path=None):
         """A copy of tariq.py for this very Python, which runs a change of `tariq`, the program, first; its path."""
         text = TARIQ.read_text().replace("#!/usr/bin/python3", f"#!{sys.executable}", 1)
-        if change:
-            change = f"exec({change!r}, {{**globals(), 'tariq': sys.modules[__name__]}})\n"
+        # A second for gpg is too little at half speed, and a knock that was refused for it is lost.
+        change = f"tariq.UNSEAL_TIME = {LONG // 2}\n{change}"
+        change = f"exec({change!r}, {{**globals(), 'tariq': sys.modules[__name__]}})\n"
         return write(path or self.new("tariq.py"), text.replace("\nif __name__", f"\n{change}if __name__"), mode=0o755)
 
     def host(self, name, number):
@@ -176,8 +189,20 @@ class Lab:
     def tariq(self, host, *argv, user=None, **options):
         return host.run(self.dir / "tariq.py", *argv, user=user, **options)
 
-def user_exists():
-    return sh("id", "tariq", check=False).returncode == 0
+# Runs a command where /etc has the lab's passwd and group: with a user `tariq`, as `make_users` says.
+OWN_USERS = 'for name in passwd group; do mount --bind "$0/$name" /etc/$name || exit; done; exec "$@"'
+
+def make_users(directory, uid=None):
+    """The machine's users, and `tariq`, by default with a uid and a gid that nobody has."""
+    passwd, group = (re.sub("(?m)^tariq:.*\n", "", Path("/etc", name).read_text())
+                     for name in ("passwd", "group"))
+    taken = set(map(int, re.findall(r"(?m)^[^:\n]*:[^:\n]*:(\d+):", passwd + group)))
+    uid = uid or next(number for number in range(998, 0, -1) if number not in taken)
+    directory.mkdir(exist_ok=True)
+    passwd += f"tariq:x:{uid}:{uid}::/nonexistent:/usr/sbin/nologin\n"
+    write(directory / "passwd", passwd, mode=0o644)
+    write(directory / "group", f"{group}tariq:x:{uid}:\n", mode=0o644)
+    return directory
 
 def set_up_link(host, interface, *addresses):
     for address in addresses:
@@ -187,7 +212,8 @@ def set_up_link(host, interface, *addresses):
 def make_server(lab, host, directory="server", **settings):
     """A server set up by `init`, with settings changed; returns the config's path."""
     path = lab.dir / directory / "tariq.conf"
-    lab.tariq(host, "init", "-c", path)
+    users = make_users(lab.dir / "users")
+    host.run("sh", "-c", OWN_USERS, users, lab.dir / "tariq.py", "init", "-c", path)
     return write(path, with_settings(path.read_text(), settings))
 
 def with_settings(text, settings):
@@ -235,14 +261,18 @@ class Server:
     def log(self):
         return self.path.read_text()
 
-    def wait_log(self, text, count=1, timeout=15):
-        wait_for(lambda: self.log.count(text) >= count, f"{text!r} is not {count} times in {self.path}", timeout)
+    def wait_log(self, text, count=1, timeout=LONG):
+        try:
+            wait_for(lambda: self.log.count(text) >= count, f"{text!r} is not {count} times in the log", timeout)
+        except AssertionError:
+            print(self.log, file=sys.stderr)
+            raise
         return self
 
     def stop(self, number=signal.SIGTERM):
         """End it -> its exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(15)
+        code = self.process.wait(LONG)
         assert "Traceback" not in self.log and not (self.poison / "mark").exists(), self.log
         return code
 
@@ -254,11 +284,15 @@ class Server:
     @property
     def listener(self):
         """The listener's pid."""
-        return next(pid for pid in children(self.process.pid) if b"listener" in proc(pid, "cmdline").encode())
+        for pid in children(self.process.pid):
+            with suppress(FileNotFoundError, ProcessLookupError):  # another child, which has ended
+                if "listener" in proc(pid, "cmdline"):
+                    return pid
+        raise AssertionError(f"no listener: {self.log}")
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
-def wait_for(condition, complaint="it did not come true", seconds=10):
+def wait_for(condition, complaint="it did not come true", seconds=LONG):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, complaint
@@ -341,8 +375,11 @@ def proc(pid, name):
 
 def children(pid):
     """The pids of the children of all of a process's threads."""
-    words = " ".join(proc(pid, f"task/{task}/children") for task in os.listdir(f"/proc/{pid}/task"))
-    return [int(word) for word in words.split()]
+    words = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            words += proc(pid, f"task/{task}/children").split()
+    return [int(word) for word in words]
 
 def alive(pid):
     """Whether a process runs; a zombie does not."""
@@ -391,12 +428,13 @@ ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", 
          "E head -c 100000 /dev/zero", "E yes", "E sh -c *", "E nonexistent-program")
 NO_ANSWER, SYSTEM, DIED, REFUSED = 75, 71, 70, 77  # tariq.py --help
 UDP = socket.AF_INET, socket.SOCK_DGRAM
+SOON = 6  # seconds that a door is open where a test looks through it, then waits for its end
 
 @pytest.fixture(scope="session")
 def world():
     """A server with a closed firewall and an sshd, a client, somebody else, one enrolled user."""
     with Lab() as lab:
-        yield new_world(lab, command_timeout=2)
+        yield new_world(lab, command_timeout=5)
 
 def new_world(lab, drop=True, other="other", allow=ALLOW, **settings):
     """Three hosts and an enrolled user; the server does not run."""
@@ -469,10 +507,10 @@ def serving(world, prefix=(), ready="listening for", program=None, **settings):
     finally:
         server.kill()
 
-def knock_words(world, *words, conf=None, where="box", timeout=None, transport=None, options=(), change=None,
+def knock_words(world, *words, conf=None, where="box", timeout=LONG, transport=None, options=(), change=None,
                 program=None):
     program = world.lab.program(change) if change else program or world.lab.dir / "tariq.py"
-    options = [*(("-t", timeout) if timeout else ()), *(("--transport", transport) if transport else ()), *options]
+    options = ["-t", timeout, *(("--transport", transport) if transport else ()), *options]
     return [program, "knock", "-c", conf or world.me, *options, where, *(words or ("O", "22"))]
 
 def knock(world, *words, user=NOBODY, host=None, **how):
@@ -576,6 +614,7 @@ class Peer:
         self.id = keyed(self.k, b"id", b"", 12)
         self.request = {"to": self.to, "k": self.k.hex(), "cmd": list(cmd) or ["O", "22/tcp"], **request}
         self.socket = self.host.inside(socket.socket, *UDP)
+        self.socket.settimeout(LONG)
 
     def seal(self, plain=None, *options):
         """Sign and encrypt the request's PNG, or other bytes."""
@@ -598,7 +637,7 @@ class Peer:
     def reply_key(self):
         return keyed(self.k, b"reply", self.sealed, 32)
 
-    def hear(self, label, timeout=5.0, sock=None):
+    def hear(self, label, timeout=LONG, sock=None):
         """The data of the next frame with this label, or None after the time."""
         sock, end = sock or self.socket, time.monotonic() + timeout
         while select.select([sock], [], [], max(0, end - time.monotonic()))[0]:
@@ -623,14 +662,25 @@ class Peer:
         self.answer(challenge[:32])
         return self.hear(b"result")
 
+def all_is_handled(world, server=None, ahead=0):
+    """Wait until the listener has handled every packet that came before: last comes a knock of junk,
+    which it refuses in silence, with one line in the log. ahead: seconds of the server's clock."""
+    junk, server = Peer(world, host=world.other), server or world.tariq
+    junk.sealed, words = os.urandom(4000), f"{world.other.ip}: knock refused: "
+    before = server.log.count(words)
+    junk.send(junk.frames(-ahead))
+    server.wait_log(words, before + 1)
+    assert not select.select([junk.socket], [], [], 0)[0], "an answer to junk"
+
 # ---- the pure parts --------------------------------------------------------------------------------------------------
 
 KEY = bytes(range(32))
 
 def test_frames_are_those_of_the_readme_in_both_directions_and_any_change_is_refused():
     for data in (b"", b"x", os.urandom(1166)):
+        before = int(time.time() * 1000)
         stamp, opened = tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", data), len(data))
-        assert opened == data and abs(stamp - time.time() * 1000) < 5000
+        assert opened == data and before <= stamp <= time.time() * 1000
         assert open_frame(KEY, b"challenge", tariq.frame(KEY, b"challenge", data)) == data
         assert tariq.unframe(KEY, b"result", make_frame(KEY, b"knock", data), 0) is None, "another label"
         assert tariq.unframe(bytes(32), b"knock", make_frame(KEY, b"knock", data), 0) is None, "another key"
@@ -824,13 +874,14 @@ def test_the_gate_passes_a_frame_once_and_at_its_own_port_only(monkeypatch):
 
 def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(monkeypatch):
     listener, now = bare_listener(), time.time()
+    monkeypatch.setattr(tariq.time, "time", lambda: now)  # it stands still, also for make_frame
     def passes(age):
         return bool(listener.gate(packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13, age)), LINK))
     for age, good in ((58, True), (-58, True), (62, False), (-62, False), (3600, False)):
         assert passes(age) is good, age
     listener.began = now * 1000
     for age, good in ((0.01, False), (30, False), (-5, True)):
-        assert passes(time.time() - now + age) is good, age
+        assert passes(age) is good, age
     monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
     assert passes(0)
 
@@ -935,10 +986,11 @@ def test_hostile_images_are_refused():
         with pytest.raises(ValueError):
             tariq.extract(output.getvalue())
 
-def test_hostile_openpgp_is_refused_within_bounds(world):
+def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
     """Mutated, truncated, unsigned, doubly signed, bombs, symmetric, signed only: each a Fault, never a plaintext."""
     def made(data, *arguments, **options):
         return gpg(home, *arguments, input=data, text=False, **options).stdout
+    monkeypatch.setattr(tariq, "UNSEAL_TIME", LONG)  # so that none is refused for a slow machine
     home, chance, yesterday = world.lab.dir / "hostile", random.Random(4), at_time(-86400)
     home.mkdir(0o700)
     one, two = (generate(home, user, "future-default", *yesterday) for user in ("one@example.com", "two@example.com"))
@@ -992,23 +1044,25 @@ def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repe
         peer, before = Peer(box).seal(png), box.tariq.log.count("knock refused")
         peer.send(peer.frames())
         wait_for(lambda: box.tariq.log.count("knock refused") > before, png)  # noqa: B023
-        assert peer.hear(b"challenge", 0.1) is None
+        assert peer.hear(b"challenge", 0) is None
     for _ in range(5):
         peer.send(peer.frames())
-        time.sleep(0.1)
+    assert Peer(box).knock()[:1] == b"\x01"  # those five came before it
     assert box.tariq.log.count("knock refused") == before + 1
-    assert Peer(box).knock()[:1] == b"\x01"
 
 def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(box):
     peer = Peer(box).seal()
     peer.send(peer.frames())
     nonce = peer.hear(b"challenge")[:32]
+    def the_challenge_comes_again():
+        return open_frame(peer.reply_key, b"challenge", peer.socket.recv(2048))[:32] == nonce
     for wrong in (bytes(32), nonce[:31]):
         peer.answer(wrong)
-    peer.send([(peer.ports[-1], make_frame(peer.K, b"knock", bytes([5]) + peer.id))])
-    assert peer.hear(b"result", 0.3) is None and box.server.rules() == []
-    peer.answer(nonce, box.other.inside(socket.socket, *UDP))  # right, but from another address
-    assert peer.hear(b"result", 0.3) is None and box.server.rules() == []
+        assert the_challenge_comes_again()
+    for _ in range(2):
+        peer.send([(peer.ports[-1], make_frame(peer.K, b"knock", bytes([5]) + peer.id))])
+        assert the_challenge_comes_again() and box.server.rules() == []
+        peer.answer(nonce, box.other.inside(socket.socket, *UDP))  # right, but from another address
     peer.answer(nonce)
     assert peer.hear(b"result")[:1] == b"\x01" and len(box.server.rules()) == 1
     again = box.tariq.log.count(": opened")
@@ -1023,44 +1077,63 @@ def test_the_first_last_fragment_says_whose_knock_it_is(box):
         sender.send(frames)
         wait_for(lambda: waiting(box.tariq.listener) == 0, "the listener reads nothing")
     assert peer.hear(b"challenge")[34:].decode() == box.client.ip
-    assert peer.hear(b"challenge", 0.3, thief.socket) is None
+    all_is_handled(box)
+    assert peer.hear(b"challenge", 0, thief.socket) is None
 
 def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_refused(box):
     old = Peer(box, conf=second_client(box, "aged", algorithm="future-default", options=at_time(-86400)))
-    early = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
-    old.seal(None, *early, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
+    then = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
+    old.seal(None, *then, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
     box.tariq.wait_log("signed it over 600 s from now")
     other, elsewhere = Peer(box).seal(), Peer(box, to="0" * 40).seal()
     other.send(other.frames(knock_id=os.urandom(12)))
     elsewhere.send(elsewhere.frames())
     box.tariq.wait_log("for another server or knock", 2)
-    for age in (62, -62):
-        late = Peer(box).seal()
-        late.send(late.frames(age))
-        assert late.hear(b"challenge", 0.2) is None
-    assert [peer.hear(b"challenge", 0.1) for peer in (old, other, elsewhere)] == [None] * 3
+    late, early = Peer(box).seal(), Peer(box).seal()
+    late.send(late.frames(62))
+    early.send(early.frames(-120))  # a minute for a slow machine
+    all_is_handled(box)
+    assert Peer(box).knock()[:1] == b"\x01"
+    assert [peer.hear(b"challenge", 0) for peer in (old, other, elsewhere, late, early)] == [None] * 5
 
-def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(box):
+@pytest.fixture
+def strict(kept):
+    """The world with a running server of its own, whose gpg has no more time than Tariq gives it."""
+    world = SimpleNamespace(**vars(kept))
+    if kept.tariq:
+        assert kept.tariq.stop() == 0
+        kept.tariq = None
+    program = kept.lab.program(f"tariq.UNSEAL_TIME = {tariq.UNSEAL_TIME}")
+    with serving(kept, program=program) as world.tariq:
+        yield world
+
+def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(strict):
     """Unsigned, from a holder of the secret: encrypted to the server with its public key, which each client has."""
-    literal = b"\xafb\0" + bytes(4) + bytes(1 << 28)  # all lengths are indeterminate (RFC 4880, 4.2.1)
-    bomb = b"\xa3\x03" + bz2.compress(b"\xa3\x03" + bz2.compress(literal))
-    attackers = [Peer(box, host=box.other) for _ in range(12)]
+    literal = bz2.compress(b"\xafb\0" + bytes(100_000_000))  # of indeterminate length (RFC 4880, 4.2.1)
+    # Its second block, 46 MB of zeros, 3,000 times: minutes of gpg on any machine.
+    bits, block = f"{int.from_bytes(literal, 'big'):0{8 * len(literal)}b}", f"{0x314159265359:048b}"
+    head, first, second, *_ = bits.split(block)
+    bits = block.join([head, first, *[second] * 3000])
+    literal = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    bomb = b"\xa3\x03" + bz2.compress(b"\xa3\x03" + literal)
+    attackers = [Peer(strict, host=strict.other) for _ in range(12)]
     sealed = attackers[0].seal(bomb, "--no-literal", "--compress-algo", "none", "-e").sealed
     assert len(sealed) < 5000
     for attacker in attackers:
         attacker.sealed = sealed
         attacker.send(attacker.frames())
-    opens(box)
-    refused = f"{box.other.ip}: knock refused: gpg"
-    wait_for(lambda: box.tariq.log.count(refused) >= 12, "the bombs are not over", 12 * 1.5 + 5)
-    ended = re.findall(f"{refused}.*not done in 1 s", box.tariq.log)
-    assert len(ended) >= 12 and box.tariq.process.poll() is None, "each was ended at its time"
-    before, noisy = box.tariq.log.count(refused), Peer(box, host=box.other)
+    # A second may be too little beside four of them; then somebody who knows what he wants knocks again.
+    wait_for(lambda: knock(strict, timeout=10).returncode == 0, "nobody gets in")
+    refused = f"{strict.other.ip}: knock refused: gpg"
+    wait_for(lambda: strict.tariq.log.count(refused) >= 12, "the bombs are not over")
+    ended = re.findall(f"{refused}.*not done in {tariq.UNSEAL_TIME} s", strict.tariq.log)
+    assert len(ended) >= 12 and strict.tariq.process.poll() is None, "each was ended at its time"
+    before, noisy = strict.tariq.log.count(refused), Peer(strict, host=strict.other)
     signature = b"\x88\x1d" + bytes.fromhex("040001080006 050200000001 000a 0910 0123456789abcdef 0000 0008 80")
     noisy.sealed = b"\xa3\x02" + zlib.compress(signature * 700)  # each has a line in gpg's words
     noisy.send(noisy.frames())
-    wait_for(lambda: box.tariq.log.count(refused) > before, "the refusal is not logged")
-    assert "malformed" not in box.tariq.log
+    wait_for(lambda: strict.tariq.log.count(refused) > before, "the refusal is not logged")
+    assert "malformed" not in strict.tariq.log
 
 # ---- a knock opens a port on a real host, and nothing else does ------------------------------------------------------
 
@@ -1068,7 +1141,7 @@ def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_see
     def scan():
         """Every port of the server, as nmap on a third host sees it."""
         report = box.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000", "--max-retries", "0",
-                               "-oG", "-", box.server.ip, timeout=120).stdout
+                               "-oG", "-", box.server.ip).stdout
         assert "Ports:" not in report or "/open/" not in report and "/closed/" not in report, report
     scan()
     assert not box.client.connects(box.server.ip)
@@ -1096,23 +1169,21 @@ def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
         done = knock(box, "C", "22", user=user, options=["-v"])
         assert "go by kernel" in done.stderr and "go by udp" not in done.stderr and done.returncode == 0
     edit(box.me, (box.server.ip, "198.51.100.99"))
-    done = knock(box, "C", "22", timeout=3, options=["-v"])
-    assert "".join(re.findall("go by (.)", done.stderr)).startswith("kuku")
+    with knocking(box, "C", "22", options=["-v"]) as turns:
+        said = itertools.islice((line for line in turns.stderr if "go by" in line), 4)
+        assert "".join(re.findall("go by (.)", "".join(said))) == "kuku"
 
 def test_hosts_are_names_aliases_or_literal_addresses(box):
-    netns, text = Path("/etc/netns") / box.client.netns, box.me.read_text().replace(f"host = {box.server.ip}\n", "")
-    existed = netns.parent.exists()
-    netns.mkdir(parents=True)
-    try:
-        names = "".join(f"{ip} box.example.com\n" for ip in (box.server.ip6, box.server.ip))
-        (netns / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-        for name, options, own in (("box.example.com", ["-4"], box.client.ip), (box.server.ip, [], box.client.ip),
-                                   ("box.example.com", ["-6"], box.client.ip6), (box.server.ip6, [], box.client.ip6)):
-            box.me.write_text(text.replace("[box]", f"[{name}]"))
-            assert f"on {name} for {own}" in opens(box, where=name, options=options)
-        fails(box, NO_ANSWER, box.server.ip6, where=box.server.ip6, options=["-4"])
-    finally:
-        shutil.rmtree(netns if existed else netns.parent)
+    text = box.me.read_text().replace(f"host = {box.server.ip}\n", "")
+    names = "".join(f"{ip} box.example.com\n" for ip in (box.server.ip6, box.server.ip))
+    hosts = write(box.lab.new("hosts"), f"127.0.0.1 localhost\n{names}", mode=0o644)
+    covered = "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', hosts, *as_user(NOBODY)
+    for name, options, own in (("box.example.com", ["-4"], box.client.ip), (box.server.ip, [], box.client.ip),
+                               ("box.example.com", ["-6"], box.client.ip6), (box.server.ip6, [], box.client.ip6)):
+        box.me.write_text(text.replace("[box]", f"[{name}]"))
+        done = box.client.run(*covered, *knock_words(box, where=name, options=options))
+        assert f"on {name} for {own}" in done.stdout
+    fails(box, NO_ANSWER, box.server.ip6, where=box.server.ip6, options=["-4"])
 
 def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
     looks = box.tariq.log.count("+ iptables -w 5 -C")
@@ -1143,24 +1214,41 @@ def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
     environment = opens(box, "E", "sh", "-c", "env; pwd; readlink /proc/self/fd/0; echo $TZ")
     assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n/dev/null\n\n")
 
+def nap_of_our_own():
+    """A `sleep` of an hour that no other test's looks like, nor one beside this run: pgrep sees all."""
+    return f"sleep {3600 + next(Lab.count)}.{os.getpid()}"
+
+def napping(world, nap):
+    """The pids of those who sleep it."""
+    return world.server.run("pgrep", "-f", f"^{nap}$", check=False).stdout.split()
+
 def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_doors_nor_other_knocks(box):
     with knocking(box, "E", "sleep", "60") as slow:
         box.tariq.wait_log("+ sleep 60")
         opens(box), opens(box, "E", "echo", "hi")
-        assert slow.wait(20) == 137
+        assert slow.wait(LONG) == 137
     assert knock(box, "E", "yes").returncode == 137
-    assert knock(box, "E", "sh", "-c", "trap '' TERM; sleep 4242 & sleep 4242; true").returncode == 137
-    wait_for(lambda: box.server.run("pgrep", "-f", "^sleep 4242$", check=False).stdout == "", "its children stay", 3)
+    nap = nap_of_our_own()
+    assert knock(box, "E", "sh", "-c", f"trap '' TERM; {nap} & {nap}; true").returncode == 137
+    wait_for(lambda: not napping(box, nap), "its children stay")
     assert opens(box, "E", "head", "-c", "100000", "/dev/zero") == "\0" * 1164
     assert opens(box, "E", "sh", "-c", "sleep 30 & echo started") == "started\n", "what it leaves behind holds the pipe"
 
 def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
-    with serving(idle, command_timeout=12) as server, ExitStack() as stack:
-        slow = [stack.enter_context(knocking(idle, "E", "sleep", "60")) for _ in range(16)]
-        server.wait_log("+ sleep 60", 16)
+    os.mkfifo(gate := idle.lab.new("gate"))  # who opens it to read waits for somebody who writes
+    words = "E", "sh", "-c", f"read x < {gate}; exit 37"
+    with serving(idle, command_timeout=999) as server, ExitStack() as stack:
+        slow = [stack.enter_context(knocking(idle, *words)) for _ in range(16)]
+        server.wait_log("+ sh -c 'read x", 16)
         fails(idle, REFUSED, "16 commands run: knock again", "E", "echo", "hi")
         opens(idle)
-        assert [each.wait(30) for each in slow] == [137] * 16
+        assert all(each.poll() is None for each in slow)
+        def let_go():
+            with suppress(OSError):  # nobody has come to it yet
+                os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+            return all(each.poll() is not None for each in slow)
+        wait_for(let_go, "the commands do not end")
+        assert [each.wait() for each in slow] == [37] * 16
         opens(idle, "E", "echo", "hi")
 
 def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
@@ -1186,6 +1274,7 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
         seen = box.tariq.log.count("knock refused")
         with captured(box.server, outgoing=True) as packets:
             fails(box, NO_ANSWER, "no answer from box", conf=path, timeout=2)
+            box.tariq.wait_log("knock refused", seen + 1)
         assert not any(packet.payload for packet in packets), "not a byte in answer"
         assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
     assert box.server.rules() == []
@@ -1228,7 +1317,8 @@ def test_rsa_keys_fit_their_packets(box, algorithm):
 
 def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
     ring = idle.lab.dir / "rsa-ring"
-    sh("install", "-d", "-m", "700", "-o", "tariq", "-g", "tariq", ring)
+    owner = os.stat(idle.ring)
+    sh("install", "-d", "-m", "700", "-o", owner.st_uid, "-g", owner.st_gid, ring)
     key = generate(ring, "server@example.com", "rsa4096")
     conf = make_server(idle.lab, idle.server, "rsa-server", server_gpg_dir=ring, server_key=key)
     client = second_client(idle, "rsa4096", ("O 22",), "rsa4096", conf=conf)
@@ -1240,6 +1330,7 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
 # ---- promise 4: silence ----------------------------------------------------------------------------------------------
 
 def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(box):
+    opens(box, "C", "22")  # neighbours know each other now: few packets may wait for that
     noise, before = box.client.inside(socket.socket, *UDP), box.tariq.log
     link = link_header(box.client, box.server)
     with captured(box.server) as packets:
@@ -1247,10 +1338,13 @@ def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(box):
             inject(box.client, [garbage_syn(link, box.client.ip, box.server.ip, port, size) for port in box.ports], 20)
             for number in range(200):
                 noise.sendto(os.urandom(size), (box.server.ip, box.ports[number % 5]))
+            wait_for(lambda: waiting(box.tariq.listener) == 0, "the listener reads nothing")
+        all_is_handled(box)
     packets = [packet for packet in packets if packet.frame[12:14] == b"\x08\0"]
     assert len([packet for packet in packets if packet.payload]) >= 6 * 300, "they arrived"
     assert not any(packet.outgoing for packet in packets), "no answer"
-    assert box.tariq.log == before, "nor a line in the log"
+    said = box.tariq.log.removeprefix(before)
+    assert re.fullmatch(rf"listener: {box.other.ip}: knock refused: .*\n", said), "nor a line in the log"
 
 def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
     with captured(box.server) as packets:
@@ -1279,7 +1373,8 @@ def test_replies_look_like_linuxs_own(box, where, transport):
     """DF and a zero id in SYN-ACK and UDP, a random id in the connection; Linux's options, windows, flow label."""
     six = where == "box6"
     with captured(box.server, outgoing=True) as packets:
-        opens(box, "C", "22", where=where, transport=transport)
+        once = f"tariq.WAIT = {LONG}"  # no repeats
+        opens(box, "C", "22", where=where, transport=transport, change=once)
     replies = [packet.frame[14:] for packet in packets if packet.payload]
     assert len(replies) == 2, "a challenge and a result"
     for number, ip in enumerate(replies):
@@ -1331,11 +1426,12 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
             box.tariq.wait_log(f"{box.other.ip}: knock refused")
             for _ in range(8):
                 opens(box)
-            wait_for(lambda: len(sent) > 300, "the insider is too slow", 30)
+            wait_for(lambda: len(sent) > 300, "the insider is too slow")
         finally:
             stop.set()
     assert not select.select([insider.socket], [], [], 0)[0], "no packet came to the insider"
-    assert box.server.rules()[0].count(box.client.ip) == 1 and rss(box.tariq.listener) - before < 20, "MB"
+    # Its memory of 65,536 frames is 15 MB, as full as time lets it become.
+    assert box.server.rules()[0].count(box.client.ip) == 1 and rss(box.tariq.listener) - before < 20 + 15, "MB"
 
 # ---- disorder, duplication, several at once --------------------------------------------------------------------------
 
@@ -1354,6 +1450,7 @@ def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
 def test_a_wrong_sequence_of_ports_never_assembles(box):
     ports = ",".join(map(str, [box.ports[1], box.ports[0], *box.ports[2:]]))
     fails(box, NO_ANSWER, "wrong ports", timeout=1, options=["-p", ports])
+    all_is_handled(box)
     assert box.server.rules() == []
 
 @pytest.fixture(scope="module")
@@ -1390,15 +1487,22 @@ def test_two_clients_behind_one_nat_and_twelve_from_one_address_knock_at_once(bo
     for _ in range(3):
         with knocking(box, host=router.homes[0]) as one, \
                 knocking(box, "O", "8022", host=router.homes[1], conf=second) as two:
-            assert one.wait(20) == 0 and two.wait(20) == 0, one.stderr.read() + two.stderr.read() + box.tariq.log
+            codes = one.wait(2 * LONG), two.wait(2 * LONG)
+            assert codes == (0, 0), one.stderr.read() + two.stderr.read() + box.tariq.log
         rules = box.server.rules()
         assert len(rules) == 2 and all(f"-s {router.ip}/32" in rule for rule in rules)
     with ExitStack() as stack:
         many = [stack.enter_context(knocking(box)) for _ in range(12)]
-        assert [process.wait(30) for process in many] == [0] * 12
+        assert [process.wait(2 * LONG) for process in many] == [0] * 12
     assert len(box.server.rules()) == 3
 
-@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no tun devices here")
+def can_open(path):
+    with suppress(OSError):
+        os.close(os.open(path, os.O_RDWR))
+        return True
+    return False
+
+@pytest.mark.skipif(not can_open("/dev/net/tun"), reason="no tun devices here")
 def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(box):
     """As on a VPN's or a PPP interface: IPv4 and IPv6, all transports, the least MTU of IPv6."""
     def tunnel_end():
@@ -1440,14 +1544,16 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
                json.dumps("a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000).encode()]
     for case in hostile + [message(command=["O", "23"])] * 2000:  # more answers than the channel holds
         channel.send(case)
-    answers = []
-    channel.settimeout(1)
-    with suppress(OSError):
-        while True:
+    answers, last, good = [], b"\x22" * 12, b""
+    while not answers or answers[-1][:12] != last:  # the answer to it comes after all others
+        channel.send(message("22" * 12, command=["O", "23"]))
+        while select.select([channel], [], [], 1)[0]:  # else: there was no room for it
             answers.append(channel.recv(9000))
-    channel.settimeout(None)
+            if answers[-1][:12] == last:
+                break
     channel.send(message("11" * 12))
-    good = channel.recv(9000)
+    while good[:12] != b"\x11" * 12:
+        good = channel.recv(9000)
     channel.send(json.dumps(f"{sum(it[12] for it in answers)} of {len(answers)} done; then {good[:14].hex()}").encode())
     channel.recv(9000)
     os._exit(0)
@@ -1457,7 +1563,7 @@ def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_m
     program = idle.lab.program(HOSTILE.replace("KEY", config_values(idle.conf, "allow me@laptop")["key"]))
     server = Server(idle.lab, idle.server, idle.conf, program)
     try:
-        server.wait_log(" done; then ", timeout=60)
+        server.wait_log(" done; then ", timeout=300)
         assert re.search(r"listener: 0 of \d{2,} done; then (11){12}0100\n", server.log)
         assert server.log.count(": opened") == 1 and server.log.count("malformed message") > 15
         assert r"listener: a\x0a<3>b\x1b[2J\xd800\x202exxx" in server.log, "log lines cannot be forged"
@@ -1502,7 +1608,7 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
     client, server = knock_words(box), [box.lab.dir / "tariq.py", "server", "-c", box.conf]
     for hidden, host, argv, words in (
             ("/usr/bin/gpg", box.client, [*as_user(NOBODY), *client], "gpg"),
-            ("/usr/sbin/xtables-nft-multi", box.other, server, "iptables"), ("/usr/bin/gpg", box.other, server, "gpg")):
+            ("/usr/sbin/iptables", box.other, server, "iptables"), ("/usr/bin/gpg", box.other, server, "gpg")):
         cover = f"mount --bind /dev/null {os.path.realpath(hidden)} && exec \"$@\""  # in a mount namespace of its own
         done = host.run("sh", "-c", cover, "sh", *argv, check=False)
         assert done.returncode in (69, 70, 71) and words in done.stderr and "Traceback" not in done.stderr, done
@@ -1544,7 +1650,7 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
             "    return (opened[0], data) if opened and len(data) >= least else None\n"
             "tariq.unframe = hostile")
     for data in ("opened[1][:1]", r"b'\1\0'", r"b'\1\0\xff\xfe'"):
-        done = knock(box, timeout=1, change=wrap.format(data))
+        done = knock(box, timeout=3, change=wrap.format(data))
         assert done.returncode in (0, NO_ANSWER) and "Traceback" not in done.stderr, done
     escape = wrap.format(r"opened[1].replace(b'opened', b'\x1b[2Jopened')")
     assert opens(box, change=escape).startswith("\\x1b[2Jopened")
@@ -1648,11 +1754,9 @@ def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_s
 
 def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box):
     assert "is there already: nothing changed" in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
-    own = ("mount -t tmpfs tmpfs /run && sed 's/^tariq:x:[0-9]*/tariq:x:1000/' /etc/passwd > /run/p"
-           " && mount --bind /run/p /etc/passwd")
     conf = box.lab.dir / "person" / "tariq.conf"
-    done = box.server.run("unshare", "-m", "sh", "-c", f"{own}; exec \"$@\"", "sh", box.lab.dir / "tariq.py", "init",
-                          "-c", conf, check=False)
+    users = make_users(box.lab.new("users"), 1000)
+    done = box.server.run("sh", "-c", OWN_USERS, users, box.lab.dir / "tariq.py", "init", "-c", conf, check=False)
     assert done.returncode == 71 and "is a person's" in done.stderr and os.listdir(conf.parent) == []
 
 def test_four_enrolments_at_once_lose_nothing(box):
@@ -1695,44 +1799,51 @@ def test_the_server_stops_cleanly_on_signals_and_leaves_an_empty_chain(idle, nam
 def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_its_own_closes_every_door(idle):
     with serving(idle) as server:
         os.kill(server.listener, signal.SIGSTOP)  # what reads nothing any more cannot hold up the stop
-    with serving(idle) as server:
+    with serving(idle, command_timeout=1) as server:
         listener = server.listener
         server.process.send_signal(signal.SIGSTOP)  # so that a request waits unread when the monitor dies
-        fails(idle, NO_ANSWER, "box sent no result, but may have acted", timeout=1)
+        fails(idle, NO_ANSWER, "box sent no result, but may have acted", timeout=10)
         server.kill()
         wait_for(lambda: not alive(listener), "the listener outlives its monitor")
     with serving(idle) as server:
         opens(idle), opens(idle, where="box6")
         assert idle.server.rules() and idle.server.rules(ip6=True)
         os.kill(server.listener, signal.SIGKILL)
-        assert server.process.wait(5) == DIED and "listener died" in server.log
+        assert server.process.wait(LONG) == DIED and "listener died" in server.log
         assert idle.server.rules() == idle.server.rules(ip6=True) == [] and not idle.client.connects(idle.server.ip)
 
 def test_a_command_ends_with_the_server_and_a_daemon_that_it_left_holds_nothing_of_it(idle):
-    with serving(idle) as server:
+    nap = nap_of_our_own()
+    with serving(idle, command_timeout=999) as server:
         pid = server.process.pid
         def held():
             return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
         before = held()
         for _ in range(4):
-            assert opens(idle, "E", "sh", "-c", "sleep 20 & echo started") == "started\n"
+            assert opens(idle, "E", "sh", "-c", f"{nap} & echo started") == "started\n"
         wait_for(lambda: held() == before, "they leave descriptors or threads")
-        with knocking(idle, "E", "sh", "-c", "sleep 7777; true"):
-            running = "pgrep", "-f", "^sleep 7777"
-            wait_for(lambda: idle.server.run(*running, check=False).stdout, "it does not run")
+        daemons = napping(idle, nap)
+        assert len(daemons) == 4, "they run on"
+        for daemon in daemons:
+            os.kill(int(daemon), signal.SIGKILL)
+        wait_for(lambda: not napping(idle, nap))
+        with knocking(idle, "E", "sh", "-c", f"{nap}; true"):
+            wait_for(lambda: napping(idle, nap), "it does not run")
             assert server.stop() == 0
-        assert idle.server.run(*running, check=False).stdout == ""
-    with serving(idle) as server, knocking(idle, "E", "sh", "-c", "trap '' TERM; sleep 7777; sleep 7777"):
-        wait_for(lambda: idle.server.run(*running, check=False).stdout, "it does not run")
+        wait_for(lambda: not napping(idle, nap), "it outlives the server")  # the kernel's signal is on its way
+    with serving(idle, command_timeout=999) as server, \
+            knocking(idle, "E", "sh", "-c", f"trap '' TERM; {nap}; {nap}"):
+        wait_for(lambda: napping(idle, nap), "it does not run")
         server.kill()
-        wait_for(lambda: not idle.server.run(*running, check=False).stdout, "it outlives a killed server")
+        wait_for(lambda: not napping(idle, nap), "it outlives a killed server")
 
 def test_an_open_command_that_leaves_a_daemon_holds_nobody_up(idle):
-    words = "sh -c 'sleep 8888 & echo $0 $1' {ip} {dport}"
+    nap = nap_of_our_own()
+    words = f"sh -c '{nap} & echo $0 $1' {{ip}} {{dport}}"
     with serving(idle, open_command=words, close_command="true {ip} {dport}") as server:
         opens(idle), opens(idle, "C", "22")
         assert server.stop() == 0
-        left = idle.server.run("pgrep", "-f", "^sleep 8888").stdout.split()
+        left = napping(idle, nap)
         for pid in left:
             os.kill(int(pid), signal.SIGKILL)
         assert left
@@ -1740,7 +1851,7 @@ def test_an_open_command_that_leaves_a_daemon_holds_nobody_up(idle):
 def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
     closing = write(idle.lab.new("closing"), "#!/bin/sh\necho no such element; exit 1\n", mode=0o755)
     with serving(idle, open_command="true {ip} {dport} {seconds}", close_command=f"{closing} {{ip}} {{dport}}",
-                 open_timeout=3) as server:
+                 open_timeout=SOON) as server:
         assert "this server ends doors" not in server.log, "{seconds} are the firewall's"
         opens(idle), opens(idle, "C", "22")
         assert "no such element (1)" in server.log and "is not closed" not in server.log
@@ -1754,10 +1865,11 @@ def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
     with serving(idle, open_command="true {ip} {dport}", close_command=f"{closing} {{ip}} {{dport}}",
                  open_timeout=1) as server:
         closing.rename(closing.with_name("gone"))
-        opens(idle, "O", *map(str, range(20, 40)))
+        for first in (20, 2000):
+            opens(idle, "O", *map(str, range(first, first + 28)))
         server.wait_log("20/tcp is not closed", 2)
-        server.process.send_signal(signal.SIGTERM)  # which does not wait a second for each of its doors
-        assert server.process.wait(15) == 0 and server.log.count("doors may be open") == 20
+        server.process.send_signal(signal.SIGTERM)  # which does not wait a second for each of its 56 doors
+        assert server.process.wait(50) == 0 and server.log.count("doors may be open") == 56
 
 def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(idle):
     other = second_client(idle, "thrifty", allow=("O 44",))
@@ -1785,12 +1897,17 @@ def test_the_server_warns_where_nothing_is_hidden(idle):
 
 def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(box):
     opens(box, "E", "echo", "warm")  # what a knock leaves behind counts too
-    owner, pid = pwd.getpwnam("tariq"), box.tariq.listener
+    owner, pid = os.stat(box.ring), box.tariq.listener
     wait_for(lambda: not children(pid), "gpg stays")
     for thread in os.listdir(f"/proc/{pid}/task"):  # credentials are each thread's own
-        status = dict(line.split(":\t") for line in proc(pid, f"task/{thread}/status").splitlines() if ":\t" in line)
-        assert status["Uid"].split() == [str(owner.pw_uid)] * 4 and owner.pw_uid != 0
-        assert status["Gid"].split() == [str(owner.pw_gid)] * 4 and owner.pw_gid != 0
+        try:
+            lines = proc(pid, f"task/{thread}/status").splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # a knock's thread, which has ended
+            assert int(thread) != pid
+            continue
+        status = dict(line.split(":\t") for line in lines if ":\t" in line)
+        assert status["Uid"].split() == [str(owner.st_uid)] * 4 and owner.st_uid != 0
+        assert status["Gid"].split() == [str(owner.st_gid)] * 4 and owner.st_gid != 0
         assert status["Groups"].split() == []
         assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
         assert status["NoNewPrivs"] == "1"
@@ -1824,7 +1941,7 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
 
 def test_the_listeners_user_reaches_nothing_of_roots(box):
     opens(box)
-    user, monitor, conf = pwd.getpwnam("tariq").pw_uid, box.tariq.process.pid, box.tariq.conf
+    user, monitor, conf = os.stat(box.ring).st_uid, box.tariq.process.pid, box.tariq.conf
     for words in (f"cat {conf}", "cat /etc/shadow", f"touch {conf}.new", f"touch -c {box.lab.dir}/tariq.py",
                   "iptables -n -L tariq", "iptables -A tariq -j ACCEPT", "nft list ruleset", f"kill -0 {monitor}",
                   f"cat /proc/{monitor}/environ", f"ls /proc/{monitor}/fd", f"ls /proc/{box.tariq.listener}/fd",
@@ -1870,19 +1987,23 @@ def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_pa
         os.kill(server.listener, signal.SIGSTOP)  # so that what passes the filter stays to be counted
         try:
             ports = idle.ports
+            link, inner = link_header(idle.client, idle.server), packet_of(ports[2], bytes(900), udp=True)
+            # Of no VLAN, but with a priority: for this interface. It comes before and behind the rest.
+            good, before = [link[:12] + b"\x81\0\0\0" + link[12:] + inner], waiting(server.listener)
+            inject(idle.client, good)
+            wait_for(lambda: waiting(server.listener) > before + 900, "it does not arrive")
+            one = waiting(server.listener)
             out, into = (host.inside(socket.socket, *UDP) for host in (idle.server, idle.client))
             for port in (ports[0], ports[4]):
                 out.sendto(bytes(900), (idle.client.ip, port))  # the server's own
             for port, size in [(ports[0] ^ 1, 900), (ports[0], 46), (ports[0], 1293)]:
                 into.sendto(bytes(size), (idle.server.ip, port))  # other ports and sizes
-            link, inner = link_header(idle.client, idle.server), packet_of(ports[2], bytes(900), udp=True)
             inject(idle.client, [b"\x02" + link[1:5] + b"\x99" + link[6:] + inner])  # another host's
+            inject(idle.client, [link[:12] + b"\x81\0\0\7" + link[12:] + inner])  # of a VLAN
+            inject(idle.client, good)
+            wait_for(lambda: waiting(server.listener) > one, "it does not arrive")
             time.sleep(0.2)
-            assert waiting(server.listener) == 0
-            for vlan in (7, 0):  # of a VLAN, for its own interface; and with a priority alone, for this one
-                inject(idle.client, [link[:12] + b"\x81\0" + vlan.to_bytes(2, "big") + link[12:] + inner])
-                time.sleep(0.2)
-                assert (waiting(server.listener) > 900) is (vlan == 0)
+            assert before == 0 and waiting(server.listener) == 2 * one, "more than the two"
         finally:
             os.kill(server.listener, signal.SIGCONT)
 
@@ -1923,13 +2044,14 @@ def watched(trace, *pids, options=()):
         yield
     finally:
         strace.send_signal(signal.SIGINT)
-        strace.wait(10)
+        strace.wait(LONG)
 
 def test_the_monitor_sleeps_while_nothing_happens(idle):
     trace = idle.lab.new("trace")
     with serving(idle) as server:
+        threads = len(os.listdir(f"/proc/{server.listener}/task"))
         opens(idle)
-        time.sleep(11)  # the result's repeats are over
+        wait_for(lambda: len(os.listdir(f"/proc/{server.listener}/task")) == threads, "repeats go on")
         with watched(trace, server.process.pid, server.listener):
             time.sleep(60)
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
@@ -1943,7 +2065,7 @@ def test_the_monitor_sleeps_while_nothing_happens(idle):
 def held_connection(world):
     """A connection made now; at the end, data goes both ways over it."""
     with world.client.inside(socket.socket, socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(LONG)
         sock.connect((world.server.ip, 22))
         assert b"SSH-" in sock.recv(100)
         yield
@@ -1956,11 +2078,12 @@ def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
     def tries(address, deadline):
         """Connections until after a door's end: (begun, whether it opened, over)."""
         found = []
-        while time.time() < deadline + 1.9:
-            found.append((time.time(), idle.client.connects(address, timeout=0.2), time.time()))
+        while not found or found[-1][0] < deadline + 1.9:
+            found.append((time.time(), idle.client.connects(address), time.time()))
             time.sleep(0.05)
         return found
-    with serving(idle, open_timeout=3) as server, ThreadPoolExecutor() as pool:
+    def looked_through(seconds):
+        """Whether there was time to look through both doors before their end."""
         listener = server.listener
         deadlines = list(pool.map(lambda where: deadline_of(opens(idle, where=where)), ["box", "box6"]))
         if killed != "monitor":
@@ -1968,14 +2091,25 @@ def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
         server.kill()
         if killed != "monitor":
             os.kill(listener, signal.SIGKILL)
-        wait_for(lambda: not alive(listener), "the listener outlives the monitor", 1)
+        wait_for(lambda: not alive(listener), "the listener outlives the monitor")
+        if time.time() > min(deadlines) - seconds / 2:
+            return False
         with held_connection(idle):
             outcomes = list(pool.map(tries, (idle.server.ip, idle.server.ip6), deadlines))
+        looked = True
         for outcome, deadline in zip(outcomes, deadlines):
             before = [good for _, good, end in outcome if end < deadline + 0.95]  # a rule holds to its second's end
             after = [good for begun, good, _ in outcome if begun > deadline + 1.05]
-            assert before and all(before) and after and not any(after), (deadline, outcome)
+            assert all(before) and after and not any(after), (deadline, outcome)
+            looked = looked and before
         assert idle.server.rules() and idle.server.rules(ip6=True), "it was the kernel that closed"
+        return looked
+    for seconds in (3, 12, 48):  # a slow machine needs longer
+        with serving(idle, open_timeout=seconds) as server, ThreadPoolExecutor() as pool:
+            if looked_through(seconds):
+                break
+    else:
+        raise AssertionError("nobody looked through the doors while they were open")
     with serving(idle):
         assert idle.server.rules() == idle.server.rules(ip6=True) == [], "a start begins with an empty chain"
 
@@ -1990,8 +2124,9 @@ def test_a_door_without_open_timeout_stays_until_closed_and_a_clients_section_ov
     with serving(idle, open_timeout=90000) as server:
         assert re.search(r"until \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ$", opens(idle)), "a day or more shows its date"
         edit(server.conf, ("may =", "open_timeout = 2\nmay ="))
-        assert 0 < deadline_of(opens(idle)) - time.time() < 3
-        wait_for(lambda: not idle.server.rules(), "the door stays", 5)
+        before = int(time.time())
+        assert before + 2 <= deadline_of(opens(idle)) <= time.time() + 2
+        wait_for(lambda: not idle.server.rules(), "the door stays")
 
 @pytest.fixture
 def lossy(world, router):
@@ -2002,6 +2137,8 @@ def lossy(world, router):
         router.run(program, "-F", "loss")
     world.server.run("ip", "route", "del", "192.168.4.0/22")
 
+TRIES = 12  # of a client in its usual ten seconds
+
 @pytest.mark.parametrize("transport", ["kernel", "crafted"])
 def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, lossy, transport):
     for side in "-i", "-o":
@@ -2010,12 +2147,14 @@ def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, 
     def client(port):
         return lossy.far[port % len(lossy.far)]
     ports = range(2000, 2050)  # a port for each knock: its rule tells whose it is
-    with serving(idle) as server, ThreadPoolExecutor(12) as pool:
-        results = list(pool.map(lambda port: knock(idle, "O", port, transport=transport, host=client(port)), ports))
+    with serving(idle) as server, ThreadPoolExecutor(4) as pool:  # each has its share of the machine
+        results = list(pool.map(lambda port: knock(idle, "O", port, transport=transport,
+                                                   host=client(port), options=["-v"], timeout=40), ports))
         counters = lossy.run("iptables", "-nvxL", "loss").stdout
         drops = [int(line.split()[0]) for line in counters.splitlines() if "DROP" in line]
         assert len(drops) == 2 and min(drops) > 8, f"the network lost too little to prove anything: {drops}"
-        good = {port for port, done in zip(ports, results) if done.returncode == 0}
+        good = {port for port, done in zip(ports, results)
+                if done.returncode == 0 and done.stderr.count("go by") <= TRIES}
         assert len(good) >= 48, [done for done in results if done.returncode]
         rules = [(int(re.search(r"--dport (\d+)", rule)[1]), re.search(r"-s (\S+)/32 ", rule)[1])
                  for rule in idle.server.rules()]
@@ -2037,7 +2176,9 @@ def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
                 "answer": [*away, "--tcp-flags", "SYN,RST,ACK", "ACK", "-m", "length", "--length", "100:"]}[lost]
         rule += ["-m", "statistic", "--mode", "nth", "--every", "100000", "--packet", "0", "-j", "DROP"]
         lossy.run("iptables", "-w", "-I", "loss", *rule)
-        return opens(idle, transport=transport, host=client)
+        # A result that answers a repeat is a SYN-ACK, and passes: no repeat comes before it.
+        slow = "tariq.WAIT = 5" if lost == "result" else None
+        return opens(idle, transport=transport, host=client, change=slow)
     with serving(idle) as server:
         with ThreadPoolExecutor() as pool:
             list(pool.map(one, lossy.far, ("kernel", "crafted")))
@@ -2052,7 +2193,7 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
         silent.run(program, "-A", "INPUT", "-p", "tcp", "-j", "DROP")
     edit(idle.me, (idle.server.ip6, silent.ip6), (idle.server.ip, silent.ip))
     with captured(silent) as packets, ThreadPoolExecutor() as pool:
-        runs = [pool.submit(knock, idle, where=where, transport=transport, timeout=4, host=host)
+        runs = [pool.submit(knock, idle, where=where, transport=transport, timeout=6, host=host)
                 for host in (idle.client, idle.other) for where, transport in (("box", "kernel"), ("box6", "crafted"))]
         assert [run.result().returncode for run in runs] == [NO_ANSWER] * 4
     payloads, starts = [packet.payload for packet in packets if packet.payload], collections.defaultdict(list)
@@ -2062,9 +2203,10 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
             starts[packet.frame[6:14]].append(packet.time)  # by its sender and family
     intervals = [[later - earlier for earlier, later in zip(times, times[1:])] for times in starts.values()]
     assert len(intervals) == 4
-    for waits in intervals:
-        assert 5 <= len(waits) <= 20, waits
-        assert sum(waits[-2:]) > 1.2 * sum(waits[:2]), f"the waits do not grow: {waits}"
+    assert all(5 <= len(waits) <= 20 for waits in intervals), intervals
+    # None is shorter than its client chose it; what a slow machine adds, it does not add to all.
+    first, *_, fifth = (min(waits) for waits in list(zip(*intervals))[:5])
+    assert fifth > 1.2 * first, f"the waits do not grow: {intervals}"
     # The four first waits (or second, or third) would differ by what the scheduler does, a few milliseconds.
     turns = list(zip(*intervals))[:3]
     assert any(max(waits) - min(waits) > 0.015 for waits in turns), f"the waits are not jittered: {turns}"
@@ -2092,30 +2234,36 @@ class Shift:
 
     def set(self, seconds):
         write(self.path.with_suffix(".new"), str(seconds), mode=0o644).replace(self.path)  # at once, for readers
+        time.sleep(0.06)  # whoever asks from now on reads it
 
 def replay(host, server, frames, times):
     """Send a list of frames again and again from a host, no faster than the listener takes them."""
     left = times
     while left > 0:
-        inject(host, frames, -(-min(left, 20_000) // len(frames)))
-        wait_for(lambda: waiting(server.listener) == 0, "the listener does not keep up", 30)
-        left -= 20_000
+        inject(host, frames, -(-min(left, 1000) // len(frames)))  # the buffer holds them all
+        wait_for(lambda: waiting(server.listener) == 0, "the listener does not keep up")
+        left -= 1000
 
 @contextmanager
-def nothing_happens(world, server, program=None):
-    """Meanwhile the server runs nothing, sends nothing, changes no rule and logs nothing; then a knock works."""
+def nothing_happens(world, server, program=None, ahead=0):
+    """Meanwhile the server runs nothing, sends nothing, changes no rule and logs nothing (but a gpg
+    and a line for the junk that comes last); then a knock works. ahead: seconds of its clock."""
     def state():
-        return world.server.rules(), world.server.rules(ip6=True), server.log
+        return world.server.rules(), world.server.rules(ip6=True)
     trace, options = world.lab.new("trace"), ("-e", "trace=execve", "-e", "signal=none")
     with watched(trace, server.process.pid, server.listener, options=options):
-        before = state()
+        before, log = state(), server.log
         with captured(world.server, outgoing=True) as packets:
             yield
-            time.sleep(0.5)  # gpg takes 10 ms
+            wait_for(lambda: waiting(server.listener) == 0, "the listener does not keep up")
+            all_is_handled(world, server, ahead)
         sent = [each for each in packets if each.frame[12:14] == b"\x08\0" or each.flags is not None]
-        assert trace.read_text() == "" and sent == [] and state() == before
+        assert sent == [] and state() == before
+        assert server.log.removeprefix(log).count("\n") == 1, "more than the junk's line"
+        assert len(set(re.findall(r"(?m)^\d+", trace.read_text()))) == 1, "more than the junk's gpg"
+        assert trace.read_text().count("gpg") >= 1
         opens(world, "E", "echo", "still there", program=program)  # and the measuring measures
-        assert trace.read_text().count("gpg") >= 1 and trace.read_text().count("execve(") >= 2
+        assert trace.read_text().count("gpg") >= 2 and trace.read_text().count("execve(") >= 3
 
 @pytest.mark.parametrize("when", ["inside the window", "after a restart", "four minutes later"])
 def test_100000_replayed_packets_start_no_gpg_and_get_no_packet(idle, when):
@@ -2134,7 +2282,7 @@ def test_100000_replayed_packets_start_no_gpg_and_get_no_packet(idle, when):
             shift.set(240)
             fails(idle, NO_ANSWER, "", timeout=2)  # its clock is where it should be
             program = shift.program
-        with nothing_happens(idle, server, program):
+        with nothing_happens(idle, server, program, ahead=240 if program else 0):
             for host, ip in ((idle.client, idle.client.ip), (idle.other, idle.other.ip)):
                 frames = [from_address(frame, ip) for frame in fragments + rest]
                 for sent, times in ((frames, 1), (frames[::-1], 1), (frames[:len(fragments)], 50_000)):
@@ -2194,23 +2342,26 @@ def agent_of(world):
     return None
 
 @pytest.mark.parametrize("fault, words", [("dies", "exit status -9"), ("junk", "not one encrypted message"),
-                                          ("lies", "not one encrypted message"), ("hangs", "not done in 1 s"),
+                                          ("lies", "not one encrypted message"),
+                                          ("hangs", f"not done in {tariq.UNSEAL_TIME} s"),
                                           ("fails", "gpg: a fault made by the tests")])
 def test_a_knock_fails_when_gpg_fails_and_the_next_one_works(idle, fault, words):
-    fakes = Fakes(idle.lab)
-    with serving(idle, fakes.prefix) as server:
+    fakes, program = Fakes(idle.lab), None
+    if fault == "hangs":
+        program = idle.lab.program(f"tariq.UNSEAL_TIME = {tariq.UNSEAL_TIME}")
+    with serving(idle, fakes.prefix, program=program) as server:
         fakes.fault(f"gpg-{fault}")
         fails(idle, NO_ANSWER, "", timeout=1)
-        fakes.fault("none")
-        opens(idle, "O", "23", timeout=4)
         server.wait_log("knock refused: ")
+        fakes.fault("none")
+        opens(idle, "O", "23")
         assert words in server.log and len(idle.server.rules()) == 1
 
 def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
     def kill_agent():
         with suppress(ProcessLookupError, TypeError):  # there is none at this moment
             os.kill(agent_of(idle), signal.SIGKILL)
-    with serving(idle) as server:
+    with serving(idle, program=idle.lab.program("tariq.UNSEAL_TIME = 10")) as server:
         opens(idle, "O", "23")
         agent = agent_of(idle)
         os.kill(agent, signal.SIGSTOP)  # gpg waits for it now, so that it dies in the middle for sure
@@ -2218,16 +2369,18 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
             with knocking(idle, "O", "24") as waits:
                 wait_for(lambda: children(server.listener), "no gpg")
                 kill_agent()
-                assert "opened tcp/24" in waits.communicate(timeout=30)[0] and waits.returncode == 0
+                assert "opened tcp/24" in waits.communicate(timeout=2 * LONG)[0] and waits.returncode == 0
         finally:
             with suppress(ProcessLookupError):
                 os.kill(agent, signal.SIGKILL)
         assert agent_of(idle) not in (None, agent)
-        statuses = set()
-        for delay in range(30, 130, 10):  # milliseconds: at every point of an exchange
-            timer = threading.Timer(delay / 1000, kill_agent)
+        statuses, began = set(), time.monotonic()
+        opens(idle, "C", "23")
+        usual = time.monotonic() - began
+        for tenths in range(3, 13):  # at every point of an exchange
+            timer = threading.Timer(usual * tenths / 10, kill_agent)
             timer.start()
-            statuses.add(knock(idle, "C", "23", timeout=2).returncode)
+            statuses.add(knock(idle, "C", "23", timeout=3).returncode)
             timer.join()
         assert statuses <= {0, NO_ANSWER}
         opens(idle)
@@ -2235,21 +2388,21 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
 
 def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same(idle):
     fakes = Fakes(idle.lab)
-    with serving(idle, fakes.prefix, open_timeout=2) as server:
+    with serving(idle, fakes.prefix, open_timeout=SOON) as server:
         fakes.fault("iptables-fails")
         fails(idle, SYSTEM, "a fault made by the tests")
         assert idle.server.rules() == []
         fakes.fault("none")
         deadline = deadline_of(opens(idle))
         fakes.fault("iptables-fails")
-        wait_for(lambda: re.search("22/tcp is not closed: .*a fault made by the tests", server.log), "closed", 8)
+        wait_for(lambda: re.search("22/tcp is not closed: .*a fault made by the tests", server.log), "closed")
         fails(idle, SYSTEM, "", "C", "22")
         assert idle.server.rules(), "the fault is no fault"
         time.sleep(max(0, deadline + 1.05 - time.time()))
         assert not idle.client.connects(idle.server.ip), "the kernel did not close the door"
         assert server.log.count("is not closed") < time.time() - deadline + 3, "a try a second"
         fakes.fault("none")
-        wait_for(lambda: idle.server.rules() == [], "the door stays", 8)
+        wait_for(lambda: idle.server.rules() == [], "the door stays")
         for _ in range(2):
             opens(idle)
             time.sleep(1)  # so that the next rule is another one
@@ -2280,7 +2433,7 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
               "tariq.launch = failing\n")
     for error in ("BlockingIOError", "RuntimeError"):
         program = idle.lab.program(change.format(error))
-        with serving(idle, program=program, open_timeout=2) as server:
+        with serving(idle, program=program, open_timeout=SOON) as server:
             opens(idle)
             flag.touch()
             fails(idle, SYSTEM, f"{error}: a fault", "O", "23")
@@ -2292,24 +2445,29 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
         with serving(idle, program=program) as server:
             flag.touch()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(15) == 0 and server.log.count("doors may be open: ip") == 2, "it tries both"
+            assert server.process.wait(LONG) == 0 and server.log.count("doors may be open: ip") == 2, "it tries both"
             flag.unlink()
 
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
     """iptables-legacy: the one with a lock."""
     def ports():
         return sorted(re.findall(r"(?m)^-A.* --dport (\d+)", idle.server.run("iptables-legacy", "-S", "tariq").stdout))
+    if idle.server.run("iptables-legacy", "-S", check=False).returncode:
+        pytest.skip("this kernel has no iptables-legacy")
     try:
         fakes = Fakes(idle.lab, "-legacy")
-        with serving(idle, fakes.prefix), open(f"{fakes.flag}.lock", "a") as lock, ThreadPoolExecutor() as pool:
+        with serving(idle, fakes.prefix) as server, open(f"{fakes.flag}.lock", "a") as lock, \
+                ThreadPoolExecutor() as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            runs = server.log.count("+ iptables")
             waits = pool.submit(opens, idle)
-            time.sleep(1.5)
+            server.wait_log("+ iptables", runs + 1)
+            time.sleep(1)  # of the five seconds that iptables waits
             assert not waits.done()
             fcntl.flock(lock, fcntl.LOCK_UN)
             waits.result()
             fcntl.flock(lock, fcntl.LOCK_EX)
-            fails(idle, SYSTEM, "lock", "O", "23", timeout=30)
+            fails(idle, SYSTEM, "lock", "O", "23")
             fcntl.flock(lock, fcntl.LOCK_UN)
             opens(idle, "O", "24")
             assert ports() == ["22", "24"]
@@ -2321,26 +2479,23 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
 def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(idle):
     with serving(idle, ("sh", "-c", 'exec "$@" 2>/dev/full', "sh"), ready="", open_timeout=2) as server:
         deadline = deadline_of(opens(idle))
-        wait_for(lambda: not idle.server.rules(), "the door stays", 5)
+        wait_for(lambda: not idle.server.rules(), "the door stays")
         assert time.time() >= deadline
         opens(idle), opens(idle, "C", "22")
         assert server.log == ""
 
 def test_a_full_disk_below_the_keyring_fails_no_later_knock(idle):
     (disk := idle.lab.new("disk")).mkdir()
-    sh("mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=200,mode=755", "tmpfs", disk)
-    try:
-        sh("sh", "-c", 'cp -a "$0" "$1" && rm -f "$1"/S.*', idle.ring, disk / "gpg")
-        with serving(idle, server_gpg_dir=disk / "gpg") as server:
-            sh("dd", "if=/dev/zero", f"of={disk}/fill", "bs=4096", check=False)
-            assert os.statvfs(disk).f_bavail == 0
-            if knock(idle, timeout=3).returncode:
-                assert "knock refused: gpg" in server.log, "no line says what is wrong"
-            (disk / "fill").unlink()
-            opens(idle, "O", "23")
-    finally:
-        sh("gpgconf", "--homedir", disk / "gpg", "--kill", "gpg-agent", check=False)
-        sh("umount", "-l", disk)
+    own_disk = (f"mount -t tmpfs -o size=1m,nr_inodes=200,mode=755 tmpfs {disk}"  # for the server alone
+                f" && cp -a {idle.ring} {disk}/gpg && rm -f {disk}/gpg/S.* && exec \"$@\"")
+    with serving(idle, ("sh", "-c", own_disk, "sh"), server_gpg_dir=disk / "gpg") as server:
+        seen = Path(f"/proc/{server.process.pid}/root/{disk}")
+        sh("dd", "if=/dev/zero", f"of={seen}/fill", "bs=4096", check=False)
+        assert os.statvfs(seen).f_bavail == 0
+        if knock(idle, timeout=5).returncode:
+            server.wait_log("knock refused: gpg")  # a line that says what is wrong
+        (seen / "fill").unlink()
+        opens(idle, "O", "23")
 
 def test_the_interface_may_appear_after_the_start_go_down_and_be_made_anew(idle):
     def unplug():
@@ -2372,8 +2527,8 @@ def test_doors_close_and_knocks_work_again_though_the_clock_jumps(idle):
     with serving(idle, program=shift.program, open_timeout=3) as server:
         deadline = deadline_of(opens(idle))
         shift.set(-7200)  # the wall clock says that there are two hours and three seconds left
-        wait_for(lambda: not idle.server.rules(), "the door stays", 6)
-        assert deadline - 0.5 < time.time() < deadline + 3
+        wait_for(lambda: not idle.server.rules(), "the door stays")
+        assert time.time() > deadline - 0.5, "it is ended too early"
         for jump in (-7200, 7200):
             shift.set(jump)
             fails(idle, NO_ANSWER, "", timeout=1)
@@ -2434,9 +2589,8 @@ def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kin
                 host.run("ip", "link", "add", "link", link, "name", "lan7", "type", "vlan", "id", "7")
                 set_up_link(host, "lan7", f"{address}/24")
             edit(world.me, (server.ip, "203.0.113.1"))
-        time.sleep(0.5)
         for transport in ("kernel", "udp", "crafted"):
-            opens(world, transport=transport, timeout=3)
+            opens(world, transport=transport)
         assert running.log.count(": opened") == 3 and "refused" not in running.log
         assert running.stop() == 0
 
@@ -3352,27 +3506,27 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     """An iptables without its time match: the real one, whose extension is covered."""
     extension = sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.strip()
     prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
-    with serving(idle, prefix, open_timeout=2) as server:
+    with serving(idle, prefix, open_timeout=SOON) as server:
         assert "refuses the rule (no xt_time?)" in server.log and "this server ends doors" in server.log
         deadline = deadline_of(opens(idle))
         assert "--datestop" not in idle.server.rules()[0] and idle.client.connects(idle.server.ip)
-        wait_for(lambda: not idle.server.rules(), "the door stays", 5)
-        assert abs(time.time() - deadline) < 2.5
+        wait_for(lambda: not idle.server.rules(), "the door stays")
+        assert time.time() > deadline - 0.5, "it is ended too early"
         opens(idle)
     assert idle.server.rules() == [], "flushed at stop"
     mission = "-A tariq -s {ip} -p tcp -m state --state NEW -m tcp --dport {dport} -j ACCEPT"
-    with serving(idle, open_tcp_port=mission, open_timeout=2) as server:
+    with serving(idle, open_tcp_port=mission, open_timeout=SOON) as server:
         assert "this server ends doors" in server.log
         opens(idle)
         assert idle.client.connects(idle.server.ip)
-        wait_for(lambda: not idle.server.rules(), "the door stays", 5)
+        wait_for(lambda: not idle.server.rules(), "the door stays")
 
 def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
     """The README's recipe as it stands."""
     table, (commands, *_) = blocks("Other firewalls", "nft")[0], blocks("Other firewalls", "ini")
     settings = dict(line.split(" = ", 1) for line in commands.strip().splitlines())
     with Lab() as lab:
-        world = new_world(lab, drop=False, open_timeout=3, **settings)
+        world = new_world(lab, drop=False, open_timeout=SOON, **settings)
         server, client = world.server, world.client
         server.run("nft", "-f", "-", input=table)
         running = started(world)
@@ -3380,12 +3534,12 @@ def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
             assert not client.connects(address)
             opens(world, where=where)
             assert client.connects(address) and not world.other.connects(address)
-            wait_for(lambda: not client.connects(address), "the set's element does not end", 6)  # noqa: B023
+            wait_for(lambda: not client.connects(address), "the set's element does not end")  # noqa: B023
             opens(world, where=where), opens(world, "C", "22", where=where)
             assert not client.connects(address)
         opens(world)
         running.kill()
-        wait_for(lambda: not client.connects(server.ip), "kill -9 leaves the door open past its end", 6)
+        wait_for(lambda: not client.connects(server.ip), "kill -9 leaves the door open past its end")
         running = started(world)
         opens(world)
         running.kill()
@@ -3410,6 +3564,15 @@ def blocks(heading, language="sh"):
     section = re.split(rf"(?m)^#+ {re.escape(heading)}$", README)[1]
     return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", re.split(r"\n\n#+ ", section)[0])
 
+SUDO = """#!/bin/bash
+# Where the machine has none: sudo [-u USER] [NAME=VALUE...] COMMAND..., or sudoedit FILE.
+user=root
+[ "$1" != -u ] || { user=$2; shift 2; }
+[ "${0##*/}" != sudoedit ] || set -- "$SUDO_EDITOR" "$@"
+path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+exec setpriv-root --reuid=$user --regid=$user --init-groups env -i HOME=/root PATH=$path "$@"
+"""
+
 class Machine(Host):
     """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who may sudo."""
 
@@ -3421,6 +3584,7 @@ class Machine(Host):
         site.plug(self, "eth0", f"{self.ip}/24", f"{self.ip6}/64")
         self.run("ip", "route", "add", "default", "via", "198.51.100.1")
         own, key = site.dir / name, site.dir / "id_ed25519"
+        sudo = write(site.dir / "sudo", SUDO, mode=0o755)
         if not key.exists():
             sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         names = "".join(f"198.51.100.{number} {host} {host}.example.com\\n" for host, number in NAMES.items())
@@ -3432,12 +3596,16 @@ class Machine(Host):
             done
             for path in /home /root /run; do mount -t tmpfs -o mode=755 tmpfs $path; done
             mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}; printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
-            sed -i '/^tariq:/d' /etc/passwd /etc/shadow /etc/group /etc/gshadow
-            useradd --create-home --shell /bin/bash me; echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me
+            sed -Ei '/^(tariq|me):/d' /etc/passwd /etc/shadow /etc/group /etc/gshadow
+            useradd --create-home --shell /bin/bash me
+            if command -v sudo; then echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me; else
+                install -m 4755 $(command -v setpriv) /usr/local/bin/setpriv-root
+                install {sudo} /usr/local/bin/sudo; ln -s sudo /usr/local/bin/sudoedit
+            fi >/dev/null
             cp {shutil.copy(TARIQ, f"{own}.py")} /home/me/tariq.py; cp {site.dir}/tariq.conf.example /home/me/
             for home in /root /home/me; do  # each may log in everywhere
                 mkdir -m 700 $home/.ssh; cp {key} $home/.ssh/id_ed25519; cp {key}.pub $home/.ssh/authorized_keys
-                printf 'StrictHostKeyChecking accept-new\\nConnectTimeout 1\\nLogLevel ERROR\\n' > $home/.ssh/config
+                printf 'StrictHostKeyChecking accept-new\\nConnectTimeout {LONG}\\nLogLevel ERROR\\n' > $home/.ssh/config
             done
             chown -R me: /home/me
             echo ready; exec sleep infinity"""
@@ -3468,13 +3636,14 @@ class Machine(Host):
             self.drop_policy()
         return Server(self.lab, self, ROOT_CONF, "/usr/local/bin/tariq.py", prefix).wait_log("listening for")
 
-    def knock(self, *words, timeout=4, check=True, **options):
+    def knock(self, *words, timeout=LONG, check=True, **options):
         words = "tariq.py", "knock", "-t", timeout, "box.example.com", *words
         return self.run(*words, user="me", check=check, **options)
 
     def ssh(self):
         """Whether a log-in on the server works."""
-        return self.shell("ssh me@box.example.com true", check=False).returncode == 0
+        return self.connects(f"198.51.100.{NAMES['box']}") \
+            and self.shell("ssh me@box.example.com true", check=False).returncode == 0
 
 @pytest.fixture
 def site():
@@ -3515,20 +3684,27 @@ def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
         for line in script.splitlines():
             session.stdin.write(f"{line}; echo done $?\n")
             session.stdin.flush()
-            assert select.select([session.stdout], [], [], 5)[0], f"{line}: the session is cut"
+            assert select.select([session.stdout], [], [], LONG)[0], f"{line}: the session is cut"
             assert session.stdout.readline() == "done 0\n", line
     type_in(keep)
-    type_in(way_back.replace("sleep 120", "sleep 2") + close)
-    assert not laptop.ssh()
-    time.sleep(2)
-    assert laptop.ssh(), "the way back does not open"
-    type_in(way_back.replace("sleep 120", "sleep 4") + close + call_off)
+    for seconds in (5, 20, 80):  # a slow machine needs longer
+        began = time.monotonic()
+        type_in(way_back.replace("sleep 120", f"sleep {seconds}") + close)
+        shut = not laptop.ssh()
+        if time.monotonic() < began + seconds:
+            break
+    assert shut
+    wait_for(laptop.ssh, "the way back does not open")
+    type_in(way_back.replace("sleep 120", "sleep 3600") + close)
+    on_its_way = int(remote.run("cat", "/run/tariq-rollback.pid").stdout)
+    assert alive(on_its_way)
+    type_in(call_off)
+    wait_for(lambda: not alive(on_its_way), "the way back is not called off")
     assert not laptop.ssh()
     said = r"opened tcp/22 on box.example.com for 198.51.100.20 until \d\d:\d\d:\d\dZ$"
     assert re.match(said, laptop.shell(first_knock).stdout) and laptop.ssh()
     other = Machine(site, "other")
     assert not other.connects(remote.ip) and not other.connects(remote.ip6)
-    time.sleep(2.5)
     assert "-P INPUT DROP" in remote.run("iptables", "-S", "INPUT").stdout, "the way back was called off"
     laptop.run("ip", "-6", "neigh", "flush", "all")  # neighbours must still find each other
     laptop.shell(f"echo 'host = {remote.ip6}' >> ~/.config/tariq/tariq.conf")
@@ -3688,17 +3864,20 @@ def knock_on_a_terminal(client, types, redirect=""):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chown(os.ttyname(0), int(client.run("id", "-u", "me").stdout), -1)
-        words = ["bash", "-c", f"tariq.py knock -t 4 box.example.com O 22 {redirect}"]
+        words = ["bash", "-c", f"tariq.py knock -t {LONG} box.example.com O 22 {redirect}"]
         argv = [*client.command(["env", "TERM=xterm"], "me"), *words]
         os.execvp(argv[0], argv)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    said, typed = b"", 0
+    said, typed, again, end = b"", 0, 0.0, time.monotonic() + 2 * LONG
     with suppress(OSError):  # the terminal's last user is gone
-        while select.select([terminal], [], [], 30)[0] and (data := os.read(terminal, 4096)):
-            said += data
-            if said.count(b"[?1049h") > typed:  # one more dialog
-                typed += 1
-                time.sleep(0.5)
+        while time.monotonic() < end:
+            if select.select([terminal], [], [], 0.7)[0]:
+                said += os.read(terminal, 4096)
+                continue
+            opened, now = said.count(b"[?1049h"), time.monotonic()
+            # One more dialog is drawn; or it is there yet, and has thrown away what came too early.
+            if opened > typed or opened > said.count(b"[?1049l") and now > again:
+                typed, again = opened, now + 20
                 os.write(terminal, types)
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
@@ -3733,7 +3912,7 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
         for path in {' '.join(writable)}; do mount --rbind $path $path; done
         while read -r _ path _; do
             case $path in /proc*|/sys*|/dev*|/tmp|{'|'.join(f'{path}|{path}/*' for path in writable)}) ;;
-                *) mount -o remount,bind,ro "$path";; esac
+                *) mount -o remount,bind,ro "$path" || true;; esac  # gone, or covered; what counts is looked at
         done < /proc/self/mounts
         for path in /tmp /home /root; do mount -t tmpfs -o mode=1777 tmpfs $path; done
         exec "$@" """
@@ -3741,10 +3920,11 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     server = remote.serve("unshare", "--mount", "bash", "-c", script, "bash", "setpriv", "--no-new-privs",
                           f"--bounding-set={','.join(['-all', *(f'+{name}' for name in names)])}")
     assert "opened" in laptop.knock("O", "22").stdout and laptop.connects(remote.ip)
-    look = "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /etc/x /root/y; id -u"
+    look = "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /x /etc/x /usr/x /var/x /root/y; id -u"
     inside = laptop.knock("E", "sh", "-c", look, check=False).stdout
     assert "CapBnd:\t00000000000031e0\nNoNewPrivs:\t1\n" in inside, inside
-    assert "/etc/x': Read-only file system" in inside and inside.endswith("0\n")
+    read_only = set(re.findall("'(.*)': Read-only file system", inside))
+    assert read_only == {"/x", "/etc/x", "/usr/x", "/var/x"} and inside.endswith("0\n"), inside
     assert "closed" in laptop.knock("C", "22").stdout
     assert server.stop() == 0
 
@@ -3781,9 +3961,9 @@ def test_the_demo_shows_what_the_readme_says_and_leaves_nothing_also_after_ctrl_
         process = subprocess.Popen([sys.executable, HERE / "test_tariq.py", "demo"], stdin=DEVNULL, stdout=file,
                                    stderr=file, start_new_session=True)
     if interrupted_at:
-        wait_for(lambda: interrupted_at in path.read_text(), "it does not come so far", 30)
+        wait_for(lambda: interrupted_at in path.read_text(), "it does not come so far")
         os.killpg(process.pid, signal.SIGINT)
-    code, said = process.wait(90), path.read_text()
+    code, said = process.wait(600), path.read_text()
     assert f"tq-{process.pid}-" not in sh("ip", "netns").stdout
     if interrupted_at:
         assert code == 130 and "Traceback" not in said and said.endswith("interrupted: all of it is removed\n"), said
@@ -3810,7 +3990,8 @@ def demo():
     def knock(expect, *words):
         show(client, "./tariq.py", "knock", "-c", "client/tariq.conf", *words, expect=expect, user=NOBODY)
     def banner(**options):
-        show(client, "timeout", "1", "bash", "-c", f"head -1 < /dev/tcp/{server.ip}/22", **options)
+        seconds = 30 if "expect" in options else 1
+        show(client, "timeout", seconds, "bash", "-c", f"head -1 < /dev/tcp/{server.ip}/22", **options)
     def scan():
         show(world.other, "nmap", "-n", "-Pn", "-p-", "--min-rate", "30000", "--max-retries", "0", server.ip,
              expect="All 65535 scanned ports", without="/tcp open")
@@ -4105,9 +4286,6 @@ def main():
         if arguments and arguments[0] in benches:
             return benches[arguments[0]](*map(int, arguments[1:]))
         sys.exit(__doc__)
-    if os.geteuid() == 0 and not user_exists():  # for all of the run: no lab deletes it under another's feet
-        sh("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", "tariq")
-        atexit.register(sh, "userdel", "-f", "tariq", check=False)
     side_by_side = ["-n", "3"] if importlib.util.find_spec("xdist") else []  # they wait a lot
     return pytest.main(["-q", "-p", "no:cacheprovider", *side_by_side, str(HERE / "test_tariq.py"), *sys.argv[1:]])
 
