@@ -2118,6 +2118,8 @@ def cmd_check(options):
     if "open_command" in config.values["server"]:
         attempt(Commands, config)
     elif firewall := attempt(Iptables, config):
+        if take_lock(firewall.chain):
+            log("No server runs: sudo systemctl status tariq")
         for family, program in IPTABLES.items():
             try:
                 doubts = firewall.check(family)
@@ -2185,7 +2187,8 @@ def cmd_enroll(options):
     _, status, _ = gpg(home, "--import", data=text)
     if section:
         updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
-        state = trouble or f"expires: {key['expires']}"
+        key = find_key(home, "--list-keys", key["fpr"])  # as it is now: more may have been known
+        state = trouble_with(key, "S", home) or f"expires: {key['expires']}"
         log(f"[{section}] is there already, and its key is {'updated' if updated else 'the same'}: "
             f"it {state}. What it may do stays as it is.")
     else:

@@ -1,15 +1,48 @@
 #!/usr/bin/python3
-"""Tests, demo and benchmarks of Tariq, on real parts: network namespaces, iptables, gpg keys, sshd and nmap.
+"""Tests, demo and benchmarks of Tariq, on real parts: network namespaces, iptables, gpg keys, sshd
+and nmap. As root:
 
-    sudo ./test_tariq.py                 the tests (pytest); without root the end-to-end ones are skipped
-    sudo ./test_tariq.py demo            two throwaway hosts, a closed door and a knock: about 15 seconds
-    sudo ./test_tariq.py bench latency   time to an open port, against fwknop and knockd where installed
-    sudo ./test_tariq.py bench flood     knocks under a flood of garbage
+    ./test_tariq.py                 the tests (pytest); not as root, those that need no namespace
+    ./test_tariq.py demo            three throwaway hosts, a closed door and a knock: 15 seconds
+    ./test_tariq.py machine         the README's first hour, typed on a fresh Debian 13 in qemu
+    ./test_tariq.py bench latency   time to an open port, beside other tools, and its parts
+    ./test_tariq.py bench clients   a knock where 1, 100, 1,000 and 10,000 clients are enrolled
+    ./test_tariq.py bench load      authentic knocks a second that the server finishes
+    ./test_tariq.py bench flood     knocks under a flood of garbage
+    ./test_tariq.py bench timing    what a stranger can measure, with and without a server
+    ./test_tariq.py bench observer  a knock's packets, as somebody on the path sees them
 
-Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the end, also on failure.
+Everything runs in namespaces named tq-PID-..., on documentation addresses, and is removed at the
+end, also on failure. What is where, in the order of the file:
+
+  What the tests are made of
+    the lab      Host: a namespace. Lab: hosts on a switch. Server: a `tariq.py server` and its log
+    tools        packets, gpg, /proc
+    the world    a server, its enrolled client and somebody else; `knock`, `opens`, `fails`
+    a peer       a client of its own, written from the README's table of bytes, not from tariq.py
+  What the README promises, and what keeps it
+    frames, images, requests, configs                  the parts by themselves, without a network
+    nothing of a stranger's gets past one hash         fuzzing of all that reads bytes
+    both sides prove who they are                      the exchange step by step, and its times
+    a knock opens one port for one address             knocks, commands, permissions, keys
+    nothing to find                                    silence; what an observer sees
+    disorder, duplicates, NAT, tunnels                 whatever the network makes of a knock
+    every error is one line and a code                 and a hostile server
+    init, keygen, enroll, join                         the set-up's commands one by one
+    the service's life                                 start, stop, kill, doors and commands
+    little runs as root                                what each process is, holds and reaches
+    the kernel closes the doors                        ends of doors; loss of packets
+    a recorded knock is worthless                      replays
+    what breaks                                        gpg, iptables, memory, disks, links, clocks
+    in from anywhere, other firewalls                  networks, kernels, tables as people have them
+  What people type and read
+    what README.md says, done                          its own commands, on throwaway machines
+    keys with a passphrase, words, the service         pinentry; each line whole; the unit; the demo
+  The benchmarks
 """
-import ast, base64, bz2, collections, ctypes, fcntl, hashlib, importlib.util, io, itertools, json, os
-import pty, random, re, select, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile
+import ast, base64, bisect, bz2, collections, copy, ctypes, fcntl, hashlib, importlib.util, io
+import itertools, json, math, os, pty, random, re, select, shlex, shutil, signal, socket
+import statistics, struct, subprocess, sys, tempfile
 import termios, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -426,7 +459,7 @@ except ImportError:  # the demo and the benchmarks do without: what marks a test
 
 ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", "E echo *", "E sleep 60", "E false",
          "E head -c 100000 /dev/zero", "E yes", "E sh -c *", "E nonexistent-program")
-NO_ANSWER, SYSTEM, DIED, REFUSED = 75, 71, 70, 77  # tariq.py --help
+NO_ANSWER, SYSTEM, DIED, REFUSED, MISSING = 75, 71, 70, 77, 69  # tariq.py --help
 UDP = socket.AF_INET, socket.SOCK_DGRAM
 SOON = 6  # seconds that a door is open where a test looks through it, then waits for its end
 
@@ -479,9 +512,13 @@ def box(kept):
     if not kept.tariq or kept.tariq.process.poll() is not None:
         started(kept)
     closed()
+    before = len(kept.tariq.log)
     yield kept
     assert kept.tariq.process.poll() is None, kept.tariq.log
     closed()
+    if ": opened " in kept.tariq.log[before:]:  # it remembers doors, which it would speak of to others
+        assert kept.tariq.stop() == 0
+        kept.tariq = None
 
 SOME_PORTS = " ".join(map(str, [*range(20, 60), *range(2000, 2060), 8022]))
 
@@ -672,7 +709,7 @@ def all_is_handled(world, server=None, ahead=0):
     server.wait_log(words, before + 1)
     assert not select.select([junk.socket], [], [], 0)[0], "an answer to junk"
 
-# ---- the pure parts --------------------------------------------------------------------------------------------------
+# ---- frames, images, requests, configs: the parts by themselves ----------------------------------
 
 KEY = bytes(range(32))
 
@@ -706,7 +743,7 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
     from PIL import Image
     path, files = tmp_path / "cover.png", [b"no PNG", b""]
     for directory in (tmp_path / "missing", tmp_path):
-        with pytest.raises(tariq.Fault, match="needs PNG images"):
+        with pytest.raises(tariq.Fault, match=f"{directory}.*PNG|PNG.*{directory}"):
             tariq.cover_image(str(directory))
     for mode, size in itertools.product(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), ((1, 2), (36, 36), (640, 480))):
         Image.new(mode, size, int(mode == "P")).save(path, **({"transparency": 0} if mode == "P" else {}))
@@ -720,7 +757,7 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
         files.append(made.getvalue())
     for data in (*files[:-1], files[-1][:80]):
         path.write_bytes(data)
-        with pytest.raises(tariq.Fault, match="cover.png: needs PNG images"):
+        with pytest.raises(tariq.Fault, match="cover.png cannot be read"):
             tariq.cover_image(str(tmp_path))
 
 def test_requests_are_checked_word_by_word():
@@ -754,6 +791,8 @@ def test_policy_permits_what_a_pattern_says_and_nothing_else(may, good, bad):
 CONFIG = """[server]
 secret_ports = 10000,7456,22022,12121,10001
 secret = {secret}
+server_gpg_dir = /ring
+server_key = {key}
 [allow me@laptop]
 key = {key}
 may =
@@ -775,79 +814,90 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     text = (HERE / "tariq.conf.example").read_text().replace("secret =", f"secret = {SECRET}")
     config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
     found = [(key, section) for section in config.ini.sections() for key in config.ini[section]]
-    for key, section in found:
-        config.get(key, [section], "")
-    assert len(config.clients) == 1
-    used = set(re.findall(r'\.get\(f?"([a-z_{}]+)"', TARIQ.read_text()))
-    assert {key for key, _ in found} == used - {"open_{protocol}_port"} | {"open_tcp_port", "open_udp_port", "key"}
+    assert config.faults == {} and len(config.clients) == 1
+    assert {key for key, _ in found} == set(tariq.SYNTAX)
+    code = TARIQ.read_text().replace("open_{protocol}_port", 'open_tcp_port" "open_udp_port')
+    assert [key for key in tariq.SYNTAX if len(re.findall(rf"\b{key}\"", code)) < 2] == [], "nothing reads it"
 
-@pytest.mark.parametrize("old, new, words", [
-    (PORTS_LINE, "secret_ports = 1,2,3,4", "[server] secret_ports: needs"),
-    (PORTS_LINE, "secret_ports = 1,2,3,4,4", "needs 5"), (PORTS_LINE, "secret_ports = 1,2,3,4,65536", "needs 5"),
-    (PORTS_LINE, "secret_ports = 1,2,3,4,x", "needs 5"), (PORTS_LINE, "", "[server] secret_ports is missing"),
-    ("{secret}", "c2VjcmV0", "[server] secret: needs 32"), ("{secret}", "!" * 44, "[server] secret: needs 32"),
-    ("{secret}", "", "[server] secret is missing"), ("    O 22", "    O 99999", "[allow me@laptop] may: needs"),
-    ("    O 22", "    X 22", "may: needs"), ("    O 22", '    E "unbalanced', "may: needs"),
-    ("{key}", "0123", "[allow me@laptop] key: needs a key's fingerprint"),
-    ("may =", "open_timeout = soon\nmay =", "[allow me@laptop] open_timeout: needs a whole number"),
-    ("[allow", "open_tcp_port = -A tariq -s {ip} -j ACCEPT\n[allow", "needs -A CHAIN, then words with {ip} and"),
-    ("[allow", "open_tcp_port = -s {ip} -p tcp --dport {dport} -j ACCEPT\n[allow", "open_tcp_port: needs -A CHAIN"),
-    ("[allow", "open_tcp_port = -A tariq --dport {dport}\n[allow", "needs -A CHAIN, then words with {ip} and"),
-    ("[allow", "open_tcp_port = -A tariq {ip} {dport} 'x\n[allow", "needs -A CHAIN, then words with {ip} and"),
-    ("[allow", "command_timeout = 0\n[allow", "1 to 999"), ("[allow", "command_timeout = 1000\n[allow", "1 to 999"),
-    ("[allow", "iptables_chain = INPUT\n[allow", "a chain of its own"),
-    ("[allow", "iptables_chain = ACCEPT\n[allow", "a chain of its own"),  # a target: it would open the machine
-    ("may =", "open_timout = 1\nmay =", "[allow me@laptop] open_timout: needs another name"),
-    ("may =", "open_command = x {ip} {dport}\nmay =", "[allow me@laptop] open_command: needs another name"),
-    ("[allow", "open_timout = 1\n[allow", "[server] open_timout: needs another"),
-    ("secret = {secret}", "secret =\n{secret}", "[server] c2vjcmv0ihnly3jl: needs another"),  # 16 of 44 at most
-    ("[server]", "[DEFAULT]\nuser = me\n[server]", "[allow me@laptop] user: needs another")])
-def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path, old, new, words):
+@pytest.mark.parametrize("old, new, section, words", [
+    (PORTS_LINE, "secret_ports = 1,2,3,4", "server", "secret_ports has to be 5 to 32"),
+    (PORTS_LINE, "secret_ports = 1,2,3,4,4", "server", "different ports"),
+    (PORTS_LINE, "secret_ports = 1,2,3,4,65536", "server", "secret_ports"),
+    (PORTS_LINE, "secret_ports = 1,2,3,4,x", "server", "secret_ports"),
+    (PORTS_LINE, "", "server", "secret_ports is missing"), ("{secret}", "", "server", "secret is missing"),
+    ("{secret}", "c2VjcmV0", "server", "secret has to be 32"), ("{secret}", "!" * 44, "server", "secret has to be 32"),
+    ("server_key = {key}", "", "server", "server_key is missing"),
+    ("server_gpg_dir = /ring", "", "server", "server_gpg_dir is missing"),
+    ("[allow", "open_tcp_port = -A tariq -s {ip} -j ACCEPT\n[allow", "server", "open_tcp_port has to be a rule"),
+    ("[allow", "open_tcp_port = -s {ip} -p tcp --dport {dport} -j ACCEPT\n[allow", "server", "-A CHAIN"),
+    ("[allow", "open_udp_port = -A tariq --dport {dport}\n[allow", "server", "open_udp_port has to be a rule"),
+    ("[allow", "open_tcp_port = -A tariq {ip} {dport} 'x\n[allow", "server", "open_tcp_port has to be a rule"),
+    ("[allow", "command_timeout = 0\n[allow", "server", "1 to 999"),
+    ("[allow", "command_timeout = 1000\n[allow", "server", "1 to 999"),
+    ("[allow", "iptables_chain = INPUT\n[allow", "server", "a chain of its own"),
+    ("[allow", "iptables_chain = ACCEPT\n[allow", "server", "a chain of its own"),  # a target: it would open all
+    ("[allow", "open_timout = 1\n[allow", "server", "open_timout is no key"),
+    ("secret = {secret}", "secret =\n{secret}", "server", "c2vjcmv0ihnly3jl is no key"),  # 16 of its 44 at most
+    ("    O 22", "    O 99999", "allow me@laptop", "may has to be lines of O PORT"),
+    ("    O 22", "    X 22", "allow me@laptop", "may"), ("    O 22", '    E "unbalanced', "allow me@laptop", "may"),
+    ("[allow me@laptop]\nkey = {key}", "[allow me@laptop]\nkey = 0123", "allow me@laptop", "a key's fingerprint"),
+    ("[allow me@laptop]\nkey = {key}", "[allow me@laptop]", "allow me@laptop", "key is missing"),
+    ("may =", "open_timeout = soon\nmay =", "allow me@laptop", "open_timeout has to be a whole number"),
+    ("may =", "open_timout = 1\nmay =", "allow me@laptop", "open_timout is no key"),
+    ("may =", "open_command = x {ip} {dport}\nmay =", "allow me@laptop", "open_command is no key")])
+def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_path, old, new, section, words):
+    assert CONFIG.count(old) == 1
     path = write_config(tmp_path / "tariq.conf", CONFIG.replace(old, new))
+    config = tariq.Config(path)
+    assert list(config.faults) == [section], "the others hold"
+    config.require(*({"server", "allow me@laptop"} - {section}))
     with pytest.raises(tariq.Fault) as caught:
-        config = tariq.Config(path)
-        for key in ("secret_ports", "secret"):
-            config.get(key)
-        for key in ("open_tcp_port", "command_timeout", "iptables_chain", "may", "key", "open_timeout"):
-            config.get(key, ["server", "allow me@laptop"], 1)
-    said = str(caught.value)
-    assert words in said and str(tmp_path / "tariq.conf") in said and caught.value.args[0] == 78
+        config.require(section)
+    assert caught.value.code == 78 and str(caught.value) == config.faults[section][0]
+    said = "\n".join(config.faults[section])
+    assert f"{path}: [{section}] " in said and words in said
     assert SECRET not in said and "1,2,3,4" not in said
+
+def test_a_section_default_is_no_other_sections_default(tmp_path):
+    text = CONFIG.replace("[server]", "[DEFAULT]\nopen_timeout = 1\n[server]")
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
+    assert config.get("open_timeout", ["allow me@laptop", "server"], 3600) == 3600 and not config.faults
+
+def test_every_fault_of_a_config_is_found_at_once(tmp_path):
+    faulty = CONFIG.replace("{secret}", "x").replace(PORTS_LINE, "").replace("    O 22", "    O 99999")
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", f"{faulty}[allow two]\nkey = 0123\nmay = X\n"))
+    assert {section: len(lines) for section, lines in config.faults.items()} == {
+        "server": 2, "allow me@laptop": 1, "allow two": 2}
 
 def test_a_file_that_is_no_ini_or_names_a_key_twice_is_refused_without_a_word_of_it(tmp_path):
     path = tmp_path / "tariq.conf"
     for text in ("no section", f"[server]\nno value\n{SECRET}", "[a]\nx = 1\nx = 2\n", "[a]\n[a]\n", "\xff\xfe"):
         write(path, "", os.geteuid()).write_bytes(text.encode("latin-1"))
-        with pytest.raises(tariq.Fault, match="is not INI") as caught:
+        with pytest.raises(tariq.Fault, match="is no INI file") as caught:
             tariq.Config(path)
-        assert SECRET not in str(caught.value)
-    with pytest.raises(tariq.Fault, match="a key of its own"):
-        tariq.Config(write_config(path, f"{CONFIG}[allow twin]\nkey = {PRINT.lower()}\n")).clients()
+        assert SECRET not in str(caught.value) and caught.value.code == 78
 
-def test_every_message_says_its_own_mend():
-    """The words of each Fault in the program, as far as they are written there."""
-    mends = (r"needs?\b|chmod|see |another name|try another|give |shorten|use more|stop it|enroll again|then join|"
-             r"knock again|sudo|nothing was opened|does not allow|knock again|did that fail|signed (it|no)|an image|"
-             r"not one encrypted|has to belong|^gpg, ")
-    tree, found = ast.parse(TARIQ.read_text()), []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Fault":
-            words = "".join(part.value for part in ast.walk(node.args[1])
-                            if isinstance(part, ast.Constant) and isinstance(part.value, str))
-            if len(re.findall("[a-z]{2,}", words)) > 3:  # the rest are a program's own words
-                found.append(words)
-    assert len(found) > 25
-    assert [words for words in found if not re.search(mends, words)] == []
+def test_two_sections_with_one_key_are_both_faulty(tmp_path):
+    """Who is it? Neither, then: what the two may do differs."""
+    text = f"{CONFIG}[allow twin]\nkey = {PRINT.lower()}\n[allow third]\nkey = {'0' * 40}\n"
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
+    assert set(config.faults) == {"allow me@laptop", "allow twin"}
+    assert "that of [allow twin]" in config.faults["allow me@laptop"][0]
+    assert config.clients[PRINT.upper()] in config.faults and config.clients["0" * 40] == "allow third"
 
-# ---- promise 2: authenticate before you parse. Fuzzing ---------------------------------------------------------------
+# ---- nothing of a stranger's gets past one hash: fuzzing -----------------------------------------
 
 CASES = int(os.environ.get("TARIQ_FUZZ_CASES", 200_000))
 PORTS = [1000, 2000, 3000, 4000, 5000]
 LINK = ("eth0", 0x0800, 0, 1, bytes(6))
 
 def bare_listener():
-    listener = tariq.Listener(None, None, {"ports": PORTS, "key": KEY.hex()})
+    """A Listener without sockets; what it tells the monitor is in its `told`."""
+    settings = {"ports": PORTS, "key": KEY.hex(), "home": "/", "own_key": "0" * 40, "patience": 30}
+    listener = tariq.Listener(None, None, settings)
     listener.began = 0  # frames of this very second are good
+    listener.told = []
+    listener.tell = lambda **message: listener.told.append(message)
     return listener
 
 def packet_of(port, payload, version=4, udp=False, options=b"", flags=2):
@@ -879,7 +929,7 @@ def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(
         return bool(listener.gate(packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13, age)), LINK))
     for age, good in ((58, True), (-58, True), (62, False), (-62, False), (3600, False)):
         assert passes(age) is good, age
-    listener.began = now * 1000
+    listener.began = now
     for age, good in ((0.01, False), (30, False), (-5, True)):
         assert passes(age) is good, age
     monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
@@ -912,7 +962,7 @@ def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
             at, protocol = (40, packet[6]) if packet[0] >> 4 == 6 else (20, packet[9])
             packet[chance.randrange(at + (8 if protocol == 17 else 20), len(packet))] ^= 1 << chance.randrange(8)
         assert listener.gate(bytes(packet), LINK) is None, packet.hex()
-    assert not listener.seen and not listener.knocks and not listener.partial
+    assert not listener.seen and not listener.knocks and not listener.partial and not listener.told
 
 def test_whatever_length_a_header_claims_an_authentic_packet_is_answered():
     payload = make_frame(KEY, b"knock", bytes([4]) + bytes(40))
@@ -935,7 +985,7 @@ def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypat
         packet = packet_of(chance.choice(PORTS), frame, chance.choice((4, 6)), chance.random() < 0.5)
         if passed := listener.gate(packet, LINK):
             listener.collect(*passed)
-        assert len(listener.knocks) <= 256 and len(listener.partial) <= 256 and len(listener.seen) <= 1000
+        assert len(listener.knocks) <= 512 and len(listener.partial) <= 512 and len(listener.seen) <= 1000
     assert served, "some were whole"
 
 def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count(monkeypatch):
@@ -955,11 +1005,11 @@ def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count
     for knock in listener.knocks.values():
         knock.source = None
     assert taken([b"\xc0\0\2\1"] * 40) == 16, "an office behind one NAT"
-    assert taken([number.to_bytes(4, "big") for number in range(500)]) == 256 - 48
+    assert taken([number.to_bytes(4, "big") for number in range(1000)]) == 512 - 48
     for number in range(1000):  # fragments only: the oldest goes
         packet = tariq.Packet(b"new1", b"", 1, 1000, b"", b"", LINK)
         listener.collect(0, number.to_bytes(12, "big"), b"", packet)
-    assert len(listener.partial) == 256 and (999).to_bytes(12, "big") in listener.partial
+    assert len(listener.partial) == 512 and (999).to_bytes(12, "big") in listener.partial
 
 def test_hostile_images_are_refused():
     """Random, truncated, mutated and hostile PNGs: no pixel of a bomb is decoded."""
@@ -1016,7 +1066,7 @@ def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
     assert b"keyid 0000000000000000" in packets and one[-16:].encode() not in packets.split(b":encrypted")[0], "hidden"
     sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
 
-# ---- the exchange, spoken by a peer of its own -----------------------------------------------------------------------
+# ---- both sides prove who they are: the exchange, spoken by the peer -----------------------------
 
 def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(box):
     """Replies are under a key that only who unsealed the request has: nothing under K or with another label is one."""
@@ -1084,7 +1134,7 @@ def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_ref
     old = Peer(box, conf=second_client(box, "aged", algorithm="future-default", options=at_time(-86400)))
     then = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
     old.seal(None, *then, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
-    box.tariq.wait_log("signed it over 600 s from now")
+    wait_for(lambda: re.search("signed it 6[6-9]. s ago", box.tariq.log), "it is not refused")
     other, elsewhere = Peer(box).seal(), Peer(box, to="0" * 40).seal()
     other.send(other.frames(knock_id=os.urandom(12)))
     elsewhere.send(elsewhere.frames())
@@ -1095,6 +1145,31 @@ def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_ref
     all_is_handled(box)
     assert Peer(box).knock()[:1] == b"\x01"
     assert [peer.hear(b"challenge", 0) for peer in (old, other, elsewhere, late, early)] == [None] * 5
+
+def test_an_answer_has_thirty_seconds_and_none_after_them_counts(idle):
+    assert tariq.ANSWER_TIME == 30 and in_the_readme("It waits 30 seconds for the answer")
+    with serving(idle, program=idle.lab.program("tariq.ANSWER_TIME = 2")) as server:
+        peer, began = Peer(idle).seal(), time.monotonic()
+        peer.send(peer.frames())
+        nonce = peer.hear(b"challenge")[:32]
+        server.wait_log("did not answer it")
+        assert time.monotonic() - began >= 2
+        peer.answer(nonce)
+        all_is_handled(idle, server)
+        assert peer.hear(b"result", 0) is None and idle.server.rules() == []
+
+def test_a_result_is_repeated_for_ten_seconds_to_whoever_asks_again_and_not_afterwards(idle):
+    assert tariq.REPEAT_TIME == 10 and in_the_readme("repeats a result for 10 seconds")
+    for seconds in (LONG, 0):
+        with serving(idle, program=idle.lab.program(f"tariq.REPEAT_TIME = {seconds}")) as server:
+            peer = Peer(idle)
+            assert peer.knock()[:1] == b"\x01"
+            for _ in range(3):
+                peer.send(peer.frames()[-1:])
+                assert not seconds or peer.hear(b"result")[:1] == b"\x01"
+            all_is_handled(idle, server)
+            assert seconds or peer.hear(b"result", 0) is None
+            assert server.log.count(": opened") == 1, "it acts once"
 
 @pytest.fixture
 def strict(kept):
@@ -1124,7 +1199,7 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(str
         attacker.send(attacker.frames())
     # A second may be too little beside four of them; then somebody who knows what he wants knocks again.
     wait_for(lambda: knock(strict, timeout=10).returncode == 0, "nobody gets in")
-    refused = f"{strict.other.ip}: knock refused: gpg"
+    refused = f"{strict.other.ip}: knock refused: "
     wait_for(lambda: strict.tariq.log.count(refused) >= 12, "the bombs are not over")
     ended = re.findall(f"{refused}.*not done in {tariq.UNSEAL_TIME} s", strict.tariq.log)
     assert len(ended) >= 12 and strict.tariq.process.poll() is None, "each was ended at its time"
@@ -1135,7 +1210,7 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(str
     wait_for(lambda: strict.tariq.log.count(refused) > before, "the refusal is not logged")
     assert "malformed" not in strict.tariq.log
 
-# ---- a knock opens a port on a real host, and nothing else does ------------------------------------------------------
+# ---- a knock opens one port for one address, and runs what it may --------------------------------
 
 def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(box):
     def scan():
@@ -1159,7 +1234,7 @@ def test_all_transports_knock_over_both_families(box, transport, where):
     address, own = (box.server.ip, box.client.ip) if where == "box" else (box.server.ip6, box.client.ip6)
     done = knock(box, where=where, transport=transport, options=["-v"])
     assert f"opened tcp/22 on {where} for {own} until" in done.stdout, done.stderr + box.tariq.log
-    assert f"go by {transport}" in done.stderr.lower()
+    assert f"by {transport}" in done.stderr
     assert box.client.connects(address) and not box.other.connects(address)
     opens(box, "C", "22", where=where, transport=transport)
     assert not box.client.connects(address)
@@ -1167,11 +1242,11 @@ def test_all_transports_knock_over_both_families(box, transport, where):
 def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
     for user in (None, NOBODY):
         done = knock(box, "C", "22", user=user, options=["-v"])
-        assert "go by kernel" in done.stderr and "go by udp" not in done.stderr and done.returncode == 0
+        assert "by kernel" in done.stderr and "by udp" not in done.stderr and done.returncode == 0
     edit(box.me, (box.server.ip, "198.51.100.99"))
     with knocking(box, "C", "22", options=["-v"]) as turns:
-        said = itertools.islice((line for line in turns.stderr if "go by" in line), 4)
-        assert "".join(re.findall("go by (.)", "".join(said))) == "kuku"
+        said = itertools.islice(filter(re.compile("by (kernel|udp)").search, turns.stderr), 4)
+        assert re.findall("by (kernel|udp)", "".join(said)) == ["kernel", "udp"] * 2
 
 def test_hosts_are_names_aliases_or_literal_addresses(box):
     text = box.me.read_text().replace(f"host = {box.server.ip}\n", "")
@@ -1186,9 +1261,7 @@ def test_hosts_are_names_aliases_or_literal_addresses(box):
     fails(box, NO_ANSWER, box.server.ip6, where=box.server.ip6, options=["-4"])
 
 def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
-    looks = box.tariq.log.count("+ iptables -w 5 -C")
     assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(box, "O", "22", "8022", "53/udp")
-    assert box.tariq.log.count("+ iptables -w 5 -C") == looks + 1, "one look at INPUT, however many ports"
     rules = box.server.rules()
     assert len(rules) == 3 and all(f"-s {box.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
     assert sum("-p udp" in rule and "--dport 53 " in rule for rule in rules) == 1
@@ -1198,7 +1271,7 @@ def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
     assert len(renewed) == 3 and renewed != rules, "the deadline is renewed, the rule is not doubled"
     opens(box, "C", "22", "53/udp", "8022")
     assert box.server.rules() == []
-    opens(box, "C", "22")  # what is closed already
+    assert "tcp/22 was shut already" in opens(box, "C", "22")
     before = box.tariq.log.count("+ iptables -w 5 -A")
     assert "opened tcp/22 on box" in opens(box, "O", "22", "22/tcp", "22")
     assert box.tariq.log.count("+ iptables -w 5 -A") == before + 1, "a port that is named twice is one door"
@@ -1211,8 +1284,8 @@ def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
                                 (["sh", "-c", "kill -9 $$"], 137, ""), (["nonexistent-program"], 127, "No such file")):
         done = knock(box, "E", *words)
         assert done.returncode == status and said in done.stdout, done
-    environment = opens(box, "E", "sh", "-c", "env; pwd; readlink /proc/self/fd/0; echo $TZ")
-    assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n/dev/null\n\n")
+    environment = opens(box, "E", "sh", "-c", "env; pwd; cat; echo $TZ")  # with an empty stdin
+    assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n\n")
 
 def nap_of_our_own():
     """A `sleep` of an hour that no other test's looks like, nor one beside this run: pgrep sees all."""
@@ -1240,7 +1313,7 @@ def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
     with serving(idle, command_timeout=999) as server, ExitStack() as stack:
         slow = [stack.enter_context(knocking(idle, *words)) for _ in range(16)]
         server.wait_log("+ sh -c 'read x", 16)
-        fails(idle, REFUSED, "16 commands run: knock again", "E", "echo", "hi")
+        fails(idle, REFUSED, "16 commands run", "E", "echo", "hi")
         opens(idle)
         assert all(each.poll() is None for each in slow)
         def let_go():
@@ -1252,14 +1325,17 @@ def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
         opens(idle, "E", "echo", "hi")
 
 def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
-    for words in ("O 23/tcp", "O 22/tcp 23/tcp", "O 22/udp", "C 25/tcp", "E reboot", "E id", "E sleep 61"):
-        fails(box, REFUSED, "refused: the server's config does not allow it to me@laptop", *words.split())
+    for words, part in (("O 23/tcp", "O 23/tcp"), ("O 22/tcp 23/tcp", "O 23/tcp"), ("O 22/udp", "O 22/udp"),
+                        ("C 25/tcp", "C 25/tcp"), ("E reboot", "E reboot"), ("E id", "E id"),
+                        ("E sleep 61", "E sleep 61")):
+        fails(box, REFUSED, f"may not {part} here", *words.split())
         assert f"me@laptop {box.client.ip} {words}: refused" in box.tariq.log
     assert box.server.rules() == []
 
 def test_unknown_expired_and_revoked_keys_get_silence(box):
-    unknown, late, gone = (second_client(box, name) for name in ("deleted", "expired", "revoked"))
-    assert [knock(box, conf=path).returncode for path in (unknown, late, gone)] == [0, 0, 0]
+    unknown, late, gone = (second_client(box, name, ("O 22", "C 22")) for name in ("deleted", "expired", "revoked"))
+    for path in (unknown, late, gone):
+        opens(box, conf=path), opens(box, "C", "22", conf=path)
     ids = {path: fingerprint(path.parent / "gpg", f"{path.parent.name}@example.com") for path in (unknown, late, gone)}
     gpg(box.ring, "--delete-keys", ids[unknown])  # though still in [allow]
     gpg(late.parent / "gpg", "--quick-set-expire", ids[late], "seconds=1")
@@ -1269,41 +1345,44 @@ def test_unknown_expired_and_revoked_keys_get_silence(box):
     certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{ids[gone]}.rev").read_text()  # gpg makes one for each
     gpg(box.ring, "--import", input=certificate.replace(":-----BEGIN", "-----BEGIN"))
     time.sleep(1.5)
-    opens(box, "C", "22")
-    for path, words in ((unknown, "ERRSIG NO_PUBKEY"), (late, ""), (gone, "")):
+    for path, words in ((unknown, f"key {ids[unknown][-16:]}, is not in the server's keyring"),
+                        (late, "expired@example.com, is expired"), (gone, "revoked@example.com, is revoked")):
         seen = box.tariq.log.count("knock refused")
         with captured(box.server, outgoing=True) as packets:
-            fails(box, NO_ANSWER, "no answer from box", conf=path, timeout=2)
+            fails(box, NO_ANSWER, "No answer from box", conf=path, timeout=2)
             box.tariq.wait_log("knock refused", seen + 1)
         assert not any(packet.payload for packet in packets), "not a byte in answer"
         assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
     assert box.server.rules() == []
 
 def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(box):
-    conf = second_client(box, "stranger")
-    fails(box, REFUSED, "", "C", "22", conf=conf)
-    text = box.conf.read_text()
-    for broken, words in ((text.replace("[allow stranger@example.com]", "[allow stranger"), "is not INI"),
-                          (f"{text}\n[allow twin]\nkey = {'0' * 40}\n[allow other]\nkey = {'0' * 40}\n", "of its own")):
-        box.conf.write_text(broken)
-        fails(box, 78, words, conf=conf)
-        assert words in box.tariq.log, "the log says why"
+    conf, words = second_client(box, "stranger", ("O 8022", "C 8022")), ("O", "8022")
+    fails(box, REFUSED, "may not C 22/tcp", "C", "22", conf=conf)
+    text, log = box.conf.read_text(), box.tariq.log
+    box.conf.write_text(text.replace("[allow stranger@example.com]", "[allow stranger"))
+    opens(box, *words, conf=conf)  # the last whole config holds
+    assert box.tariq.log.removeprefix(log).count("is no INI file") == 1, "the log says why"
+    box.conf.write_text(f"{text}\n[allow twin]\nkey = {'0' * 40}\n[allow other]\nkey = {'0' * 40}\n")
+    opens(box, *words, conf=conf)  # which of the two is whose is their fault alone
+    assert all(f"[{name}] key is that of" in box.tariq.log for name in ("allow twin", "allow other"))
     for owner, mode in (*((0, mode) for mode in (0o644, 0o640, 0o604, 0o620, 0o666)), (NOBODY, 0o600)):
-        write(box.conf, text, owner, mode)  # root obeys a file that is its own alone
-        fails(box, 78, "chmod 600 it; if root's commands obey it, chown root it", conf=conf)
+        log = box.tariq.log
+        write(box.conf, text.replace("O 8022", "O 1"), owner, mode)  # root obeys a file that is its own alone
+        opens(box, *words, conf=conf)
+        assert box.tariq.log.removeprefix(log).count("is open to others: chmod 600") == 1
         write(box.conf, text)
-    opens(box, conf=conf)  # and the server goes on
-    opens(box, "C", "22")
+    opens(box, *words, conf=conf), opens(box, "C", "8022", conf=conf)
     box.conf.write_text(re.sub(r"(?ms)^\[allow stranger.*?(?=^\[|\Z)", "", text))
-    fails(box, REFUSED, "does not allow", conf=conf)
+    fails(box, REFUSED, "may not O 8022/tcp", *words, conf=conf)
     assert box.server.rules() == []
 
 OWN = "socket.socket.getsockname = lambda _: ({!r},)\n"  # what the client's kernel says of its address
 
 def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
     """By a man in the middle, from his own address, which the challenge names. Behind NAT nobody can know."""
-    fails(box, 76, f"the server sees {box.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
-    assert "a relay, or NAT" in knock(box, change=OWN.format("64:ff9b::cb00:714d")).stderr and box.server.rules() == []
+    fails(box, 76, f"The server sees {box.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
+    fails(box, 76, f"--address {box.client.ip}", change=OWN.format("64:ff9b::cb00:714d"))
+    assert box.server.rules() == []
     for own in ("192.168.7.7", "100.64.0.7", "fe80::7", "fd00::7"):
         opens(box, change=OWN.format(own))
 
@@ -1327,7 +1406,7 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
         assert "opened tcp/22" in opens(idle, conf=client, where=where)
     assert server.stop() == 0
 
-# ---- promise 4: silence ----------------------------------------------------------------------------------------------
+# ---- nothing to find: strangers get no answer, and what passes looks random ----------------------
 
 def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(box):
     opens(box, "C", "22")  # neighbours know each other now: few packets may wait for that
@@ -1433,7 +1512,7 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
     # Its memory of 65,536 frames is 15 MB, as full as time lets it become.
     assert box.server.rules()[0].count(box.client.ip) == 1 and rss(box.tariq.listener) - before < 20 + 15, "MB"
 
-# ---- disorder, duplication, several at once --------------------------------------------------------------------------
+# ---- disorder, duplicates, NAT, tunnels, several at once -----------------------------------------
 
 @pytest.mark.parametrize("order", ["reversed", "doubled", "shuffled", "halves"])
 def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
@@ -1449,7 +1528,7 @@ def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
 
 def test_a_wrong_sequence_of_ports_never_assembles(box):
     ports = ",".join(map(str, [box.ports[1], box.ports[0], *box.ports[2:]]))
-    fails(box, NO_ANSWER, "wrong ports", timeout=1, options=["-p", ports])
+    fails(box, NO_ANSWER, "No answer from box", timeout=1, options=["-p", ports])
     all_is_handled(box)
     assert box.server.rules() == []
 
@@ -1534,14 +1613,14 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     channel = socket.socket(fileno=int(sys.argv[-1]))
     channel.recv(9000)
     def message(knock_id="00" * 12, signer="KEY", command=["O", "22"], ip="c0000207"):
-        return json.dumps([knock_id, signer, command, ip]).encode()
-    hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b"[" * 8000, b'{"a":' * 1500, message("x"), message(3),
-               message()[:-1], *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
+        return json.dumps({"request": [knock_id, signer, command, ip]}).encode()
+    hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b'"log"', b"[" * 8000, b'{"a":' * 1500, message("x"), message(3),
+               message()[:-1], b'{"request": 7}', b'{"request": []}', b'{"log": 7}', b'{"log": ["x"]}', *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
                *(message(command=it) for it in ("O 22", [], ["O"], ["O", 22], ["O", None], ["O", "*"], ["O", "23"],
                  ["O", "22", "-j"], ["E", "reboot"], ["E"], ["E", "echo\nx"], [["O", "22"]], {"O": "22"}, "Eid",
                  ["O", "\u0662\u0662"])),
                *(message(ip=it) for it in ("192.0.2.7", "00", "c00002", "-j ACCEPT", 5, None, ["c0000207"], "00" * 17)),
-               json.dumps("a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000).encode()]
+               json.dumps({"log": "a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000}).encode()]
     for case in hostile + [message(command=["O", "23"])] * 2000:  # more answers than the channel holds
         channel.send(case)
     answers, last, good = [], b"\x22" * 12, b""
@@ -1554,7 +1633,8 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     channel.send(message("11" * 12))
     while good[:12] != b"\x11" * 12:
         good = channel.recv(9000)
-    channel.send(json.dumps(f"{sum(it[12] for it in answers)} of {len(answers)} done; then {good[:14].hex()}").encode())
+    words = f"{sum(it[12] for it in answers)} of {len(answers)} done; then {good[:14].hex()}"
+    channel.send(json.dumps({"log": words}).encode())
     channel.recv(9000)
     os._exit(0)
 """
@@ -1565,35 +1645,36 @@ def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_m
     try:
         server.wait_log(" done; then ", timeout=300)
         assert re.search(r"listener: 0 of \d{2,} done; then (11){12}0100\n", server.log)
-        assert server.log.count(": opened") == 1 and server.log.count("malformed message") > 15
-        assert r"listener: a\x0a<3>b\x1b[2J\xd800\x202exxx" in server.log, "log lines cannot be forged"
+        assert server.log.count(": opened") == 1 and server.log.count("malformed message") > 20
+        assert "listener: a; <3>b?[2J??xxx" in server.log, "log lines cannot be forged"
         assert max(map(len, server.log.splitlines())) < 1100 and len(idle.server.rules()) == 1
         assert server.stop() == 0 and idle.server.rules() == []
     finally:
         server.kill()
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- every error is one line and a code ----------------------------------------------------------
 
 def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
     loose = write(box.lab.new("loose"), box.me.read_text(), NOBODY, 0o644)
     unreadable = write(box.lab.new("unreadable"), box.me.read_text())
     (covers := box.lab.new("covers")).mkdir()
     for words, code, text in (
-            (("X", "22"), 64, "needs O PORT"), (("O",), 64, "needs O PORT"), (("E",), 64, "needs O"),
-            (("O", "0"), 64, "needs ports"), (("O", "99999"), 64, "needs ports"), (("O", "ssh"), 64, "needs ports"),
-            (("E", "a\nb"), 64, "printable"), (("E", "echo", "x" * 900), 64, "bytes too long"),
-            (("O", "23"), 77, "does not allow it to")):
+            (("X", "22"), 64, "X"), (("O",), 64, "a request is O PORT"), (("E",), 64, "a request is O PORT"),
+            (("O", "0"), 64, "0 is no port"), (("O", "99999"), 64, "99999 is no port"),
+            (("O", "ssh"), 64, "ssh is no port"), (("E", "a\nb"), 64, "printable"),
+            (("E", "echo", "x" * 900), 64, "bytes too long"), (("O", "23"), 77, "may not O 23/tcp")):
         fails(box, code, text, *words)
     for how, code, text in (
-            (dict(options=["-p", "1,2,3"]), 64, "needs 5 to 32"), (dict(options=["-t", "x"]), 64, "invalid int value"),
-            (dict(options=["-i", covers]), 65, "needs PNG images"),
-            (dict(options=["-u", "who@example.com"]), 65, "gpg, "),
-            (dict(options=["-g", "/nonexistent"]), 69, "No such file or directory: '/nonexistent"),
-            (dict(options=["--transport", "pigeon"]), 64, "invalid choice"),
-            (dict(conf=box.me.parent / "none.conf"), 69, "none.conf': Tariq's files come from"),
+            (dict(options=["-p", "1,2,3"]), 64, "5 to 32"), (dict(options=["-t", "x"]), 64, "-t"),
+            (dict(options=["--address", "x"]), 64, "an IP address"),
+            (dict(options=["-i", covers]), 65, f"no PNG image (.png) in the folder {covers}"),
+            (dict(options=["-u", "who@example.com"]), 65, "Your key, who@example.com, is not in the keyring"),
+            (dict(options=["-g", "/nonexistent"]), 69, "no keyring /nonexistent"),
+            (dict(options=["--transport", "pigeon"]), 64, "pigeon"),
+            (dict(conf=box.me.parent / "none.conf"), 78, "none.conf"),
             (dict(conf=loose), 78, "chmod 600"), (dict(conf=unreadable), 71, "Permission denied"),
-            (dict(where="unknown.example.com"), 78, "[unknown.example.com] server_key is missing"),
-            (dict(options=["--transport", "crafted"]), 71, "CAP_NET_RAW")):
+            (dict(where="unknown.example.com"), 78, "unknown.example.com is not in"),
+            (dict(options=["--transport", "crafted"]), 71, "root")):
         fails(box, code, text, **how)
     done = box.lab.tariq(box.client, "knock", "-c", box.me, "box", user=NOBODY, check=False)
     assert done.returncode == 64 and "required" in done.stderr and done.stderr.count("\n") == 1, done
@@ -1615,16 +1696,16 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(box):
 
 def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(box):
     with captured(box.server) as packets:
-        fails(box, 78, "bytes do not fit: use more secret_ports", change="tariq.FRAME_MAX = 600")
+        fails(box, 78, "use more secret_ports", change="tariq.PIECE_MAX = 600")
     assert not [packet for packet in packets if packet.port in box.ports]
 
 def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
     text, key = box.conf.read_text(), config_values(box.conf, "server")["server_key"]
-    cases = [(f"server_key = {key}", "server_key = me", 78, "server_key: needs a key's fingerprint"),
+    cases = [(f"server_key = {key}", "server_key = me", 78, "server_key has to be a key's fingerprint"),
              (f"server_key = {key}", "", 78, "server_key is missing"),
-             (f"server_key = {key}", f"server_key = {key[::-1]}", 70, "the listener died"),
+             (f"server_key = {key}", f"server_key = {key[::-1]}", 70, "listener died"),
              ("server_gpg_dir = ", "server_gpg_dir = /nonexistent", 69, "/nonexistent"),
-             ("[server]", "[server]\nopen_tcp_port = -A tariq {ip} {dport} {until} --nonsense", 71, "iptables"),
+             ("[server]", "[server]\nopen_tcp_port = -A tariq -s {ip} --dport {dport} --nonsense", 71, "iptables"),
              ("[server]", "[server]\nopen_command = true {ip} {dport}", 78, "close_command is missing"),
              ("[server]", "[sever]", 78, "[server]"), ("[server]", "[server]", 78, "chmod 600")]
     for old, new, code, words in cases:
@@ -1634,7 +1715,7 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
         assert done.returncode == code and len(lines) == 1 and words in lines[0], (new, done)
     for command in ("server", "init", "enroll"):
         done = box.lab.tariq(box.other, command, "-c", box.conf, user=NOBODY, check=False)
-        assert done.returncode == 71 and done.stderr == "tariq: this needs root: sudo\n"
+        assert done.returncode == 71 and "needs root: sudo" in done.stderr and done.stderr.count("\n") == 1
 
 def test_a_second_server_with_the_same_chain_does_not_start(box):
     done = box.lab.tariq(box.server, "server", "-c", box.conf, check=False)
@@ -1653,13 +1734,13 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
         done = knock(box, timeout=3, change=wrap.format(data))
         assert done.returncode in (0, NO_ANSWER) and "Traceback" not in done.stderr, done
     escape = wrap.format(r"opened[1].replace(b'opened', b'\x1b[2Jopened')")
-    assert opens(box, change=escape).startswith("\\x1b[2Jopened")
+    assert opens(box, change=escape).startswith("?[2Jopened")
     refused = wrap.format("opened[1][:1] + bytes([0]) + opened[1][2:]")
     fails(box, REFUSED, "", "O", "23", change=refused)  # a refusal is one, whatever status it claims
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
     fails(box, 76, "", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
 
-# ---- set-up's commands -----------------------------------------------------------------------------------------------
+# ---- init, keygen, enroll, join ------------------------------------------------------------------
 
 def enroll(box, key, *options, check=True):
     return box.lab.tariq(box.server, "enroll", "-c", box.conf, *options, input=key, check=check)
@@ -1684,42 +1765,42 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
     def exported(*words):
         return gpg(ring, "--armor", *words).stdout
     text, before, key = box.conf.read_text(), keys(), exported("--export", "<me@laptop>")
-    for given, words in ((key, "me@laptop is another client's name"), (exported("--export"), "needs one public key"),
-                         (exported("--export", "nobody"), "needs one"),
-                         (exported("--export-secret-keys", "Mallory"), "needs one"),
-                         (exported("--export", "mallory@example.com") + key, "needs one")):
+    for given, words in ((key, "me@laptop is another client's name"), (exported("--export"), "One public key"),
+                         (exported("--export", "nobody"), "One public key"),
+                         (exported("--export-secret-keys", "Mallory"), "One public key"),
+                         (exported("--export", "mallory@example.com") + key, "One public key")):
         done = enroll(box, given, check=False)
         assert done.returncode == 65 and words in done.stderr and done.stdout == "", done
     for name in ("me@laptop", "two\nlines", "a]b", "-x", "a log line"):
         assert enroll(box, key, f"--name={name}", check=False).returncode == 65, name
     assert enroll(box, key, "--name", "other", "--allow", "E echo 'a #b'", check=False).returncode == 64
     noise = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=b"\x99\0\1\t" * 16000, text=False, check=False)
-    assert noise.returncode == 65 and b"needs one" in noise.stderr, "gpg has more to say than a pipe holds"
+    assert noise.returncode == 65 and b"One public key" in noise.stderr, "gpg has more to say than a pipe holds"
     for user in ("long@example.com", "later@example.com"):
         generate(ring, user)
     long = key_with_a_hidden_one(ring, "long@example.com", "later@example.com")
     done = enroll(box, long, "--name", "long", check=False)
-    assert done.returncode == 65 and "needs one public key" in done.stderr, "a secret key behind a long listing"
+    assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
     assert keys() == before and box.conf.read_text() == text, "nothing is imported or written"
     done = enroll(box, key, "--name", "other.one")
     assert "[allow other.one]" in box.conf.read_text() and "secret_ports" in done.stdout
     again = enroll(box, key)
-    assert "already: nothing changed" in again.stderr and again.stdout == done.stdout
+    assert "there already" in again.stderr and again.stdout == done.stdout
 
 def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
     text, mine = box.me.read_text(), config_values(box.me, "box")["server_key"]
     profile = enroll(box, gpg(box.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
     def join(given, host="box"):
         return box.lab.tariq(box.client, "join", "-c", box.me, host, user=NOBODY, input=given, check=False)
-    for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("", "no profile on stdin"),
+    for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("", "No profile"),
                          (re.sub('"secret": "[^"]*', f'"secret": "{SECRET}', profile), "has other values"),
-                         (profile[:100], "no profile"),
+                         (profile[:100], "No profile"),
                          (profile.replace('"secret_ports": "', '"secret_ports": "1,'), "has other values")):
         done = join(given)
         assert done.returncode == 65 and words in done.stderr and box.me.read_text() == text, (words, done)
     for host in ("", "a b", "x]", "two\nlines", "DEFAULT", "#"):
         done = join(profile, host)
-        assert done.returncode == 64 and "needs an ASCII name or address" in done.stderr, host
+        assert done.returncode == 64 and "an ASCII name or address" in done.stderr, host
     assert join(profile).returncode == 0 and box.me.read_text() == text
 
 def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the_client(box):
@@ -1736,7 +1817,7 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
     generate(ring, "secretly@example.com")
     hidden = key_with_a_hidden_one(ring, "server@example.com", "secretly@example.com")
     done = join({**profile, "public_key": hidden})
-    assert done.returncode == 65 and "needs one public key" in done.stderr, "a secret key behind a long listing"
+    assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
     assert join(profile).returncode == 0
     for user in ("planted@example.com", "later@example.com", "secretly@example.com"):
         done = box.lab.tariq(box.client, "keygen", "-c", conf, user, user=NOBODY)
@@ -1753,7 +1834,9 @@ def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_s
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
 
 def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box):
-    assert "is there already: nothing changed" in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
+    text, keys = box.conf.read_text(), gpg(box.ring, "--list-secret-keys").stdout
+    assert "wrote" not in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
+    assert box.conf.read_text() == text and gpg(box.ring, "--list-secret-keys").stdout == keys
     conf = box.lab.dir / "person" / "tariq.conf"
     users = make_users(box.lab.new("users"), 1000)
     done = box.server.run("sh", "-c", OWN_USERS, users, box.lab.dir / "tariq.py", "init", "-c", conf, check=False)
@@ -1767,7 +1850,7 @@ def test_four_enrolments_at_once_lose_nothing(box):
     box.conf.write_text(text[:text.index("[allow")] + "# mine")  # an editor that leaves out the last newline
     with ThreadPoolExecutor() as pool:
         profile, *_ = pool.map(lambda key: enroll(box, key).stdout, keys)
-    assert len(tariq.Config(box.conf).clients()) == 4 and "# mine" in box.conf.read_text()
+    assert len(tariq.Config(box.conf).clients) == 4 and "# mine" in box.conf.read_text()
     assert "[allow many3@example.com]" in box.conf.read_text(), "the email is the name"
     box.lab.tariq(box.client, "join", "-c", confs[0], box.server.ip, input=profile)
     opens(box, conf=confs[0], user=None, where=box.server.ip)
@@ -1802,7 +1885,7 @@ def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_it
     with serving(idle, command_timeout=1) as server:
         listener = server.listener
         server.process.send_signal(signal.SIGSTOP)  # so that a request waits unread when the monitor dies
-        fails(idle, NO_ANSWER, "box sent no result, but may have acted", timeout=10)
+        fails(idle, NO_ANSWER, "sent no result", timeout=10)
         server.kill()
         wait_for(lambda: not alive(listener), "the listener outlives its monitor")
     with serving(idle) as server:
@@ -1852,24 +1935,24 @@ def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
     closing = write(idle.lab.new("closing"), "#!/bin/sh\necho no such element; exit 1\n", mode=0o755)
     with serving(idle, open_command="true {ip} {dport} {seconds}", close_command=f"{closing} {{ip}} {{dport}}",
                  open_timeout=SOON) as server:
-        assert "this server ends doors" not in server.log, "{seconds} are the firewall's"
+        assert "server ends doors" not in server.log, "{seconds} are the firewall's"
         opens(idle), opens(idle, "C", "22")
-        assert "no such element (1)" in server.log and "is not closed" not in server.log
+        assert "no such element" in server.log and "is not closed" not in server.log
         opens(idle)
         closing.rename(closing.with_name("gone"))
-        fails(idle, SYSTEM, "No such file", "C", "22")
-        server.wait_log("22/tcp is not closed: ", 2)
+        fails(idle, MISSING, str(closing), "C", "22")
+        server.wait_log(f"tcp/22 for {idle.client.ip} is not closed: ", 2)
         closing.with_name("gone").rename(closing)
-        server.wait_log("no such element (1)", 2)
+        server.wait_log("no such element", 2)
         assert server.stop() == 0
     with serving(idle, open_command="true {ip} {dport}", close_command=f"{closing} {{ip}} {{dport}}",
                  open_timeout=1) as server:
         closing.rename(closing.with_name("gone"))
         for first in (20, 2000):
             opens(idle, "O", *map(str, range(first, first + 28)))
-        server.wait_log("20/tcp is not closed", 2)
+        server.wait_log(f"tcp/20 for {idle.client.ip} is not closed", 2)
         server.process.send_signal(signal.SIGTERM)  # which does not wait a second for each of its 56 doors
-        assert server.process.wait(50) == 0 and server.log.count("doors may be open") == 56
+        assert server.process.wait(50) == 0 and server.log.count("Doors may be open") == 56
 
 def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(idle):
     other = second_client(idle, "thrifty", allow=("O 44",))
@@ -1890,10 +1973,10 @@ def test_the_server_warns_where_nothing_is_hidden(idle):
         for rule in rules:
             idle.other.run(*rule.split())
         server = Server(idle.lab, idle.other, conf).wait_log("listening for")
-        assert server.log.count("INPUT does not drop") == warnings and server.stop() == 0
+        assert server.log.count("INPUT drops nothing") == warnings and server.stop() == 0
     idle.other.run("iptables", "-F", "INPUT"), idle.other.run("ip6tables", "-P", "INPUT", "ACCEPT")
 
-# ---- the network never talks to root (DESIGN 1.1, 1.3) ---------------------------------------------------------------
+# ---- little runs as root -------------------------------------------------------------------------
 
 def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(box):
     opens(box, "E", "echo", "warm")  # what a knock leaves behind counts too
@@ -1971,7 +2054,7 @@ def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
         shutil.copy("/usr/bin/setpriv", fake / "real")
         covered = "sh", "-c", 'mount --bind "$0/setpriv" /usr/bin/setpriv && exec "$@"', fake
         done = idle.server.run(*covered, idle.lab.dir / "tariq.py", "server", "-c", variant(idle), check=False)
-        assert done.returncode == DIED and "needs an unprivileged owner" in done.stderr, (leave, done)
+        assert done.returncode == DIED and "still has a privilege" in done.stderr, (leave, done)
 
 def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_packet(idle):
     with serving(idle) as server:
@@ -2059,7 +2142,7 @@ def test_the_monitor_sleeps_while_nothing_happens(idle):
     assert all(re.match(waits, call) for call in calls), calls
     assert len(calls) <= 6, "each thread waits in one call"
 
-# ---- nothing stays open by accident (DESIGN 1.5) ---------------------------------------------------------------------
+# ---- the kernel closes the doors -----------------------------------------------------------------
 
 @contextmanager
 def held_connection(world):
@@ -2211,7 +2294,7 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
     turns = list(zip(*intervals))[:3]
     assert any(max(waits) - min(waits) > 0.015 for waits in turns), f"the waits are not jittered: {turns}"
 
-# ---- replays ---------------------------------------------------------------------------------------------------------
+# ---- a recorded knock is worthless ---------------------------------------------------------------
 
 SHIFTED = """
 read_at, shift, clock = 0, 0, time.time
@@ -2299,12 +2382,14 @@ def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
         with nothing_happens(idle, server):
             inject(idle.other, [from_address(frame, idle.other.ip) for frame in fragments])
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- what breaks: gpg, iptables, memory, disks, links, clocks ------------------------------------
 
 class Fakes:
-    """gpg, iptables and ip6tables of a server, in a mount namespace of its own: as they are, until told to fail."""
+    """gpg and iptables' programs of a server, in a mount namespace of its own: as they are, until told to fail."""
 
     SCRIPT = r"""#!/bin/sh
+words=/dev/stderr  # where it says what is wrong
+for word; do [ "$before" = --logger-fd ] && words=/proc/self/fd/$word; before=$word; done
 case $(cat "{flag}") in
 {name}-hangs) exec sleep 60;;
 {name}-shows) keyctl show > "{flag}.shown";;
@@ -2313,7 +2398,7 @@ case $(cat "{flag}") in
 {name}-junk) head -c 3000 /dev/urandom | tee /dev/stderr; exit 0;;
 {name}-lies) printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >&2; exit 0;;
 {name}-slow) sleep 1.2;;
-{name}-fails) echo "{name}: a fault made by the tests" >&2; exit 4;;
+{name}-fails) echo "{name}: a fault made by the tests" >> $words; exit 4;;
 {name}-is-busy-once) case "$*" in *--datestop*) echo none > "{flag}"; exit 4;; esac;;
 esac
 XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
@@ -2326,9 +2411,10 @@ XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
         self.flag, self.prefix = write(place / "flag", "none", mode=0o644), ("sh", "-c", self.COVER, place)
         self.shown = write(place / "flag.shown", "", mode=0o666)
         shutil.copy("/usr/bin/gpg", place / "gpg.real")
-        for name, real in (("gpg", place / "gpg.real"), ("iptables", f"/usr/sbin/iptables{legacy}"),
-                           ("ip6tables", f"/usr/sbin/ip6tables{legacy}")):
-            write(place / name, self.SCRIPT.format(name=name, real=real, flag=self.flag), mode=0o755)
+        write(place / "gpg", self.SCRIPT.format(name="gpg", real=place / "gpg.real", flag=self.flag), mode=0o755)
+        for name, what in itertools.product(("iptables", "ip6tables"), ("", "-restore")):
+            script = self.SCRIPT.format(name=name, real=f"/usr/sbin/{name}{legacy}{what}", flag=self.flag)
+            write(place / f"{name}{what}", script, mode=0o755)
 
     def fault(self, name):
         self.flag.write_text(name)
@@ -2341,7 +2427,7 @@ def agent_of(world):
                 return int(pid)
     return None
 
-@pytest.mark.parametrize("fault, words", [("dies", "exit status -9"), ("junk", "not one encrypted message"),
+@pytest.mark.parametrize("fault, words", [("dies", "not one encrypted message"), ("junk", "not one encrypted message"),
                                           ("lies", "not one encrypted message"),
                                           ("hangs", f"not done in {tariq.UNSEAL_TIME} s"),
                                           ("fails", "gpg: a fault made by the tests")])
@@ -2395,7 +2481,7 @@ def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same
         fakes.fault("none")
         deadline = deadline_of(opens(idle))
         fakes.fault("iptables-fails")
-        wait_for(lambda: re.search("22/tcp is not closed: .*a fault made by the tests", server.log), "closed")
+        wait_for(lambda: re.search("tcp/22 for .* is not closed: .*a fault made by the tests", server.log), "closed")
         fails(idle, SYSTEM, "", "C", "22")
         assert idle.server.rules(), "the fault is no fault"
         time.sleep(max(0, deadline + 1.05 - time.time()))
@@ -2427,9 +2513,9 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
     """Every process that it starts fails while a file is there: out of memory or tasks."""
     flag = idle.lab.new("no-fork")
     change = ("import os\nlaunch = tariq.launch\n"
-              "def failing(*words):\n"
+              "def failing(*words, **more):\n"
               f"    if os.path.exists('{flag}'): raise {{}}('a fault made by the tests')\n"
-              "    return launch(*words)\n"
+              "    return launch(*words, **more)\n"
               "tariq.launch = failing\n")
     for error in ("BlockingIOError", "RuntimeError"):
         program = idle.lab.program(change.format(error))
@@ -2437,7 +2523,7 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
             opens(idle)
             flag.touch()
             fails(idle, SYSTEM, f"{error}: a fault", "O", "23")
-            server.wait_log("22/tcp is not closed: ")
+            server.wait_log(f"tcp/22 for {idle.client.ip} is not closed: ")
             assert idle.server.rules()
             flag.unlink()
             wait_for(lambda: not idle.server.rules(), "the door is forgotten")
@@ -2445,7 +2531,7 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
         with serving(idle, program=program) as server:
             flag.touch()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(LONG) == 0 and server.log.count("doors may be open: ip") == 2, "it tries both"
+            assert server.process.wait(LONG) == 0 and server.log.count("Doors may be open: ip") == 2, "it tries both"
             flag.unlink()
 
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
@@ -2459,9 +2545,8 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
         with serving(idle, fakes.prefix) as server, open(f"{fakes.flag}.lock", "a") as lock, \
                 ThreadPoolExecutor() as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            runs = server.log.count("+ iptables")
             waits = pool.submit(opens, idle)
-            server.wait_log("+ iptables", runs + 1)
+            wait_for(lambda: any("iptables" in proc(pid, "cmdline") for pid in children(server.process.pid)))
             time.sleep(1)  # of the five seconds that iptables waits
             assert not waits.done()
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -2492,8 +2577,7 @@ def test_a_full_disk_below_the_keyring_fails_no_later_knock(idle):
         seen = Path(f"/proc/{server.process.pid}/root/{disk}")
         sh("dd", "if=/dev/zero", f"of={seen}/fill", "bs=4096", check=False)
         assert os.statvfs(seen).f_bavail == 0
-        if knock(idle, timeout=5).returncode:
-            server.wait_log("knock refused: gpg")  # a line that says what is wrong
+        opens(idle)
         (seen / "fill").unlink()
         opens(idle, "O", "23")
 
@@ -3507,7 +3591,7 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     extension = sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.strip()
     prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
     with serving(idle, prefix, open_timeout=SOON) as server:
-        assert "refuses the rule (no xt_time?)" in server.log and "this server ends doors" in server.log
+        assert "refuses a rule with a time limit" in server.log and "server ends doors" in server.log
         deadline = deadline_of(opens(idle))
         assert "--datestop" not in idle.server.rules()[0] and idle.client.connects(idle.server.ip)
         wait_for(lambda: not idle.server.rules(), "the door stays")
@@ -3516,19 +3600,19 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     assert idle.server.rules() == [], "flushed at stop"
     mission = "-A tariq -s {ip} -p tcp -m state --state NEW -m tcp --dport {dport} -j ACCEPT"
     with serving(idle, open_tcp_port=mission, open_timeout=SOON) as server:
-        assert "this server ends doors" in server.log
+        assert "server ends doors" in server.log
         opens(idle)
         assert idle.client.connects(idle.server.ip)
         wait_for(lambda: not idle.server.rules(), "the door stays")
 
 def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
-    """The README's recipe as it stands."""
-    table, (commands, *_) = blocks("Other firewalls", "nft")[0], blocks("Other firewalls", "ini")
-    settings = dict(line.split(" = ", 1) for line in commands.strip().splitlines())
+    """The README's block as it stands."""
     with Lab() as lab:
-        world = new_world(lab, drop=False, open_timeout=SOON, **settings)
-        server, client = world.server, world.client
-        server.run("nft", "-f", "-", input=table)
+        world = new_world(lab, drop=False, open_timeout=3)
+        server, client, home = world.server, world.client, str(world.conf.parent)
+        script = blocks("nft")[0].replace("sudo sh", "sh").replace("/etc/tariq", home)
+        server.run("sh", "-ec", without_systemd(script))
+        table = Path(home, "hide.nft").read_text()
         running = started(world)
         for where, address in (("box", server.ip), ("box6", server.ip6)):
             assert not client.connects(address)
@@ -3559,10 +3643,21 @@ def test_an_nft_table_of_its_own_hides_and_opens_without_any_iptables_rule():
 README = (HERE / "README.md").read_text()
 NAMES = {"box": 10, "laptop": 20, "other": 30, "inside": 40}
 
+STEP_1, STEP_2 = "1. On the server: init", "2. On the client: keygen, enroll, join"
+STEP_3, STEP_4 = "3. On the server: hide", "4. On the client: the first knock"
+
 def blocks(heading, language="sh"):
     """The code blocks of one language under a heading of the README, in order."""
     section = re.split(rf"(?m)^#+ {re.escape(heading)}$", README)[1]
     return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", re.split(r"\n\n#+ ", section)[0])
+
+def without_systemd(script):
+    """A script of the README on a machine where the test itself starts and stops the server."""
+    return re.sub(r"(?m)^ *(systemctl|systemd-run) .*\n", "", script)
+
+def in_the_readme(line):
+    """Whether the README shows this line, wherever it breaks it."""
+    return " ".join(line.split()) in " ".join(README.split())
 
 SUDO = """#!/bin/bash
 # Where the machine has none: sudo [-u USER] [NAME=VALUE...] COMMAND..., or sudoedit FILE.
@@ -3576,9 +3671,9 @@ exec setpriv-root --reuid=$user --regid=$user --init-groups env -i HOME=/root PA
 class Machine(Host):
     """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who may sudo."""
 
-    def __init__(self, site, name, lines=1):
-        """`lines` of the README's step 1 are typed here: the first installs tariq.py, as on a client, the second is
-        `init`. Packages are there already."""
+    def __init__(self, site, name, server=False):
+        """A server has step 1 of the README's first hour done, any other one can do step 2: tariq.py is in its
+        place. Packages are there already; systemd is not."""
         self.pid = None
         super().__init__(site, name, NAMES[name])
         site.plug(self, "eth0", f"{self.ip}/24", f"{self.ip6}/64")
@@ -3613,9 +3708,7 @@ class Machine(Host):
         said = holder.stdout.readline()
         assert said == "ready\n", said + holder.stdout.read()
         self.pid = holder.pid
-        apt, *step_1 = blocks("1. The server")[0].splitlines()
-        assert apt.startswith("sudo apt-get install")
-        self.shell("\n".join(step_1[:lines]))
+        self.shell(blocks(STEP_1)[0] if server else blocks(STEP_2)[0])
 
     def command(self, argv, user=None):
         if self.pid is None:
@@ -3636,9 +3729,9 @@ class Machine(Host):
             self.drop_policy()
         return Server(self.lab, self, ROOT_CONF, "/usr/local/bin/tariq.py", prefix).wait_log("listening for")
 
-    def knock(self, *words, timeout=LONG, check=True, **options):
-        words = "tariq.py", "knock", "-t", timeout, "box.example.com", *words
-        return self.run(*words, user="me", check=check, **options)
+    def knock(self, *words, timeout=LONG, check=True, options=(), **more):
+        words = "tariq.py", "knock", "-t", timeout, *options, "box.example.com", *words
+        return self.run(*words, user="me", check=check, **more)
 
     def ssh(self):
         """Whether a log-in on the server works."""
@@ -3653,7 +3746,7 @@ def site():
 @pytest.fixture
 def remote(site):
     """A server, set up by the README's commands."""
-    return Machine(site, "box", 2)
+    return Machine(site, "box", server=True)
 
 @pytest.fixture
 def laptop(site):
@@ -3664,55 +3757,48 @@ def type_enroll(remote, laptop, user="me@laptop", run=Machine.shell):
     """Step 2 of the README: the line that enrols a client, through a real ssh."""
     if not remote.connects("127.0.0.1"):
         remote.sshd(system=True)
-    return run(laptop, blocks("2. A client")[0].replace("me@laptop", user))
+    return run(laptop, blocks(STEP_2)[1].replace("me@laptop", user))
 
-def test_the_three_steps_of_set_up_lead_to_a_hidden_ssh(site, remote, laptop):
-    """As typed, through real ssh. The firewall's commands go into an ssh session, which must outlive each of them."""
+def test_the_four_commands_of_the_first_hour_lead_to_a_hidden_ssh(site, remote, laptop):
+    """As typed, through real ssh: `hide` itself runs in an ssh session, which must outlive it."""
+    other, server = Machine(site, "other"), remote.serve(drop=False)
     done = type_enroll(remote, laptop)
-    server = remote.serve(drop=False)
-    assert "iptables: INPUT does not drop" in server.log and "ip6tables: INPUT does not drop" in server.log
-    fingerprint = remote.shell("sudo sed -n 's/^key = //p' /etc/tariq/tariq.conf").stdout.strip()
-    assert fingerprint in done.stderr  # enroll shows whom it trusts, and join too
-    assert laptop.shell("grep server_key ~/.config/tariq/tariq.conf").stdout.split()[-1] in done.stderr
-    assert "closed" in laptop.knock("C", "22").stdout, "a firewall that is open yet keeps no knock out"
-    keep, way_back, close, first_knock, last = blocks("3. The firewall, and the first knock")
-    call_off, *persist = (line.rstrip(" &") for line in last.splitlines())
-    assert len(persist) == 2 and "netfilter-persistent save" in persist[1]  # what needs the network
-    session = laptop.popen("ssh", "me@box.example.com", "bash", user="me", stdin=PIPE, stdout=PIPE,
-                           stderr=subprocess.STDOUT)
-    def type_in(script):
-        for line in script.splitlines():
-            session.stdin.write(f"{line}; echo done $?\n")
-            session.stdin.flush()
-            assert select.select([session.stdout], [], [], LONG)[0], f"{line}: the session is cut"
-            assert session.stdout.readline() == "done 0\n", line
-    type_in(keep)
-    for seconds in (5, 20, 80):  # a slow machine needs longer
-        began = time.monotonic()
-        type_in(way_back.replace("sleep 120", f"sleep {seconds}") + close)
-        shut = not laptop.ssh()
-        if time.monotonic() < began + seconds:
-            break
-    assert shut
-    wait_for(laptop.ssh, "the way back does not open")
-    type_in(way_back.replace("sleep 120", "sleep 3600") + close)
-    on_its_way = int(remote.run("cat", "/run/tariq-rollback.pid").stdout)
-    assert alive(on_its_way)
-    type_in(call_off)
-    wait_for(lambda: not alive(on_its_way), "the way back is not called off")
-    assert not laptop.ssh()
-    said = r"opened tcp/22 on box.example.com for 198.51.100.20 until \d\d:\d\d:\d\dZ$"
-    assert re.match(said, laptop.shell(first_knock).stdout) and laptop.ssh()
-    other = Machine(site, "other")
-    assert not other.connects(remote.ip) and not other.connects(remote.ip6)
-    assert "-P INPUT DROP" in remote.run("iptables", "-S", "INPUT").stdout, "the way back was called off"
+    client_key = remote.shell("sudo sed -n 's/^key = //p' /etc/tariq/tariq.conf").stdout.strip()
+    server_key = laptop.shell("grep server_key ~/.config/tariq/tariq.conf").stdout.split()[-1]
+    assert client_key in done.stderr and server_key in done.stderr, "each sees whom it trusts"
+    assert laptop.ssh() and other.connects(remote.ip)
+    hide = laptop.popen("ssh", "me@box.example.com", f"{blocks(STEP_3)[0].strip()} 2>&1; echo exit status $?; cat",
+                        user="me", stdin=PIPE, stdout=PIPE)
+    said = []
+    def read_until(word):
+        while not said or word not in said[-1]:
+            said.append(hide.stdout.readline())
+            assert said[-1], said
+    read_until("For 120 seconds")
+    assert not laptop.connects(remote.ip) and not laptop.connects(remote.ip6)
+    line = laptop.shell(blocks(STEP_4)[0]).stdout
+    assert re.fullmatch(r"opened tcp/22 on box.example.com for 198.51.100.20 until \d\d:\d\d:\d\dZ\n", line)
+    assert laptop.ssh() and not other.connects(remote.ip)
+    read_until("exit status")
+    assert said[-1] == "exit status 0\n" and "hidden for good" in said[-2], said
+    assert all(in_the_readme(line) for line in said[:-1] if line[0] not in "+"), said
+    hide.stdin.write("still here\n"), hide.stdin.close()
+    assert hide.stdout.read() == "still here\n" and hide.wait() == 0, "the session is cut"
+    assert "\npublic_ports = none\n" in remote.shell("sudo cat /etc/tariq/tariq.conf").stdout
     laptop.run("ip", "-6", "neigh", "flush", "all")  # neighbours must still find each other
     laptop.shell(f"echo 'host = {remote.ip6}' >> ~/.config/tariq/tariq.conf")
-    assert "for 2001:db8:1::20 until" in laptop.knock("O", "22").stdout
+    assert not laptop.connects(remote.ip6) and "for 2001:db8:1::20 until" in laptop.knock("O", "22").stdout
     assert laptop.connects(remote.ip6) and not other.connects(remote.ip6)
-    type_in("true")
-    assert server.stop() == 0
-    assert "INPUT does not drop" not in remote.serve().log
+    assert server.stop() == 0 and not laptop.connects(remote.ip) and not laptop.connects(remote.ip6)
+
+def test_where_sudo_asks_for_a_password_key_and_profile_go_as_files(remote, laptop):
+    remote.sshd(system=True)
+    script = blocks(STEP_2)[2].replace("ssh -t ", "ssh ")  # no terminal here, and no password
+    laptop.shell(script)
+    left = remote.shell("ls me.key me.profile", check=False)
+    assert left.stdout == "", "a profile has the secret"
+    remote.serve()
+    assert "opened" in laptop.knock("O", "22").stdout
 
 def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, remote, laptop):
     first = type_enroll(remote, laptop)
@@ -3724,7 +3810,7 @@ def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, r
     before = state()
     remote.shell("sudo tariq.py init")
     again = type_enroll(remote, laptop)
-    assert "in [allow me@laptop] already: nothing changed" in again.stderr
+    assert "[allow me@laptop] is there already" in again.stderr
     assert again.stderr.count("wrote") == 0 < first.stderr.count("wrote") and state() == before
     other = Machine(site, "other")  # one more client: what is there stays, word by word
     type_enroll(remote, other, "you@other")
@@ -3750,17 +3836,8 @@ def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(re
 
 def test_the_set_up_by_hand_for_another_user_works(site, laptop):
     remote, home = Machine(site, "box"), "/etc/tariq/.server-gpg"
-    remote.shell(f"""sudo useradd --system --home-dir /nonexistent --no-create-home knocker
-sudo install -d -m 711 /etc/tariq; sudo install -d -m 700 -o knocker -g knocker {home}
-sudo -u knocker gpg --homedir {home} --batch --passphrase '' --quick-generate-key tariq@box future-default default never
-key=$(sudo -u knocker gpg --homedir {home} --with-colons --fingerprint tariq@box | grep -om1 '[0-9A-F]\\{{40\\}}')
-sudo sh -c 'umask 077; cat > /etc/tariq/tariq.conf' <<END
-[server]
-secret_ports = 10000,7456,22022,12121,10001
-secret = $(head -c 32 /dev/urandom | base64)
-server_gpg_dir = {home}
-server_key = $key
-END""")
+    remote.shell(without_systemd(blocks("By hand")[0]))
+    assert remote.run("cat", "/etc/systemd/system/tariq.service").stdout.strip() == tariq.UNIT.strip()
     type_enroll(remote, laptop)
     server = remote.serve()
     owner = remote.run("stat", "-c", "%u", home).stdout.split()
@@ -3772,7 +3849,7 @@ END""")
     key = laptop.shell("tariq.py keygen me@laptop").stdout
     for command in ("server", "enroll"):  # nothing in it commands root's gpg
         done = remote.run("tariq.py", command, check=False, input=key)
-        assert done.returncode == 78 and f"{home} needs an unprivileged owner: chown -R tariq" in done.stderr
+        assert done.returncode == 78 and f"chown -R tariq: {home}" in done.stderr
 
 def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, remote, laptop):
     other = Machine(site, "other")
@@ -3781,21 +3858,49 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     type_enroll(remote, other, "you@other")
     server = remote.serve()
     assert "opened" in laptop.knock("O", "22").stdout
-    edit_line, delete = blocks("Removing a client")[0].splitlines()
+    edit_line, delete = blocks("A client that leaves")[0].splitlines()
     remote.shell("""printf '#!/bin/sh\nsed -i "/^.allow me@laptop/,/C 22/d" "$1"\n' > editor; chmod +x editor""")
     remote.shell(f"SUDO_EDITOR=~/editor {edit_line}")
     refused = laptop.knock("O", "22", check=False)
-    assert refused.returncode == REFUSED and "does not allow it to" in refused.stderr
+    assert refused.returncode == REFUSED and "may not O 22" in refused.stderr
     remote.shell(delete.replace("FINGERPRINT", key))
     assert laptop.knock("O", "22", timeout=2, check=False).returncode == NO_ANSWER  # unknown: not even answered
     server.wait_log("198.51.100.20: knock refused: ")
     assert "opened" in other.knock("O", "22").stdout
 
+def test_a_new_secret_for_everybody_shuts_out_who_has_the_old_one(remote, laptop):
+    type_enroll(remote, laptop)
+    server = remote.serve()
+    _, new_secret = blocks("A client that leaves")
+    remote.shell(new_secret)
+    laptop.knock("O", "22")  # until the restart the old one holds
+    laptop.shell("cp -r ~/.config/tariq old; sed -i '/^.box.example.com/,$d' ~/.config/tariq/tariq.conf")
+    type_enroll(remote, laptop)
+    assert server.stop() == 0
+    server = remote.serve()
+    laptop.knock("O", "22")
+    old = laptop.knock("O", "22", options=["-c", "/home/me/old/tariq.conf"], timeout=2, check=False)
+    assert old.returncode == NO_ANSWER and server.log.count(": opened") == 1
+
+def test_a_key_is_renewed_and_revoked_by_the_line_that_enrols_it(remote, laptop):
+    type_enroll(remote, laptop)
+    remote.serve()
+    renew, revoke = blocks("A key that ends, is renewed, or is revoked")
+    knock = f"tariq.py knock -t {LONG} box.example.com O 22\n"
+    done = laptop.shell(f"{knock}{renew}{knock}cp -a $GNUPGHOME ~/stolen; {revoke}")
+    assert done.stdout.count("opened tcp/22") == 2
+    updated, revoked = re.findall(r"\[allow me@laptop\] is there already, and (.*)", done.stderr)
+    assert "its key is updated" in updated and "revoked" not in updated and "is revoked" in revoked
+    mine = laptop.knock("O", "22", check=False)
+    assert mine.returncode == 65 and "Your key, me@laptop, is revoked" in mine.stderr
+    stolen = laptop.knock("O", "22", options=["-g", "/home/me/stolen"], timeout=2, check=False)
+    assert stolen.returncode == NO_ANSWER
+
 def test_ssh_knocks_by_itself_with_the_recipe(site, remote, laptop):
     type_enroll(remote, laptop)
     server = remote.serve()
     assert not laptop.ssh()
-    laptop.shell(f"cat >> ~/.ssh/config <<'END'\n{blocks('ssh knocks by itself', 'ssh-config')[0]}END")
+    laptop.shell(f"cat >> ~/.ssh/config <<'END'\n{blocks('ssh that knocks by itself', 'ssh-config')[0]}END")
     assert laptop.shell("ssh me@box.example.com id -un").stdout == "me\n"  # and nothing of the knock's
     assert "opened tcp/22" in server.log and len(remote.rules()) == 1
     assert laptop.shell("echo hello | ssh me@box.example.com cat").stdout == "hello\n"
@@ -3808,12 +3913,11 @@ def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
     site.cable(remote, "eth1", inside, "eth1", ["192.0.2.1/24"], ["192.0.2.5/24"])
     inside.run("ip", "route", "replace", "default", "via", "192.0.2.1")
     inside.sshd(system=True)
-    static, = blocks("A gateway")
-    template, = blocks("A gateway", "ini")
-    remote.shell(f"sudo sed -i '/^.server.$/a {template.strip()}' {ROOT_CONF};"
-                 f"sudo sed -i 's/^    O 22/    O 2222/' {ROOT_CONF}")
+    remote.shell(without_systemd(blocks("A gateway")[0]))
+    remote.shell(f"sudo sed -i 's/^    O 22/    O 2222/' {ROOT_CONF}")
     server = remote.serve()
-    remote.shell(static)
+    after_start = remote.run("cat", "/etc/systemd/system/tariq.service.d/gateway.conf").stdout
+    remote.shell("sudo " + re.search("(?m)^ExecStartPost=-(.*)", after_start)[1])
     assert not laptop.connects(remote.ip, 2222)
     laptop.knock("O", "2222")
     assert laptop.connects(remote.ip, 2222)
@@ -3821,7 +3925,7 @@ def test_a_gateway_lets_a_knock_through_to_a_host_inside(site, remote, laptop):
     assert server.stop() == 0 and not laptop.connects(remote.ip, 2222)
 
 def test_every_anchor_in_the_readme_leads_somewhere():
-    headings = {re.sub("[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-")
+    headings = {re.sub("[^a-z0-9 _-]", "", line.strip("# ").lower()).replace(" ", "-")
                 for line in README.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
 
@@ -3844,12 +3948,12 @@ AGENT_CONF = "~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/ta
 def locked():
     """An enrolled client whose key got a passphrase by the README's command, and a pinentry that types it."""
     with Lab() as site:
-        remote, laptop = Machine(site, "box", 2), Machine(site, "laptop")
+        remote, laptop = Machine(site, "box", server=True), Machine(site, "laptop")
         type_enroll(remote, laptop)
         remote.serve()
         laptop.shell("cat > pinentry; chmod +x pinentry", input=PINENTRY)
         laptop.shell(f"echo pinentry-program /home/me/pinentry > {AGENT_CONF}")
-        laptop.shell(blocks("A key with a passphrase")[0])
+        laptop.shell(blocks("A passphrase")[0])
         yield laptop
 
 def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
@@ -3890,17 +3994,243 @@ def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(lock
 
 def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(locked):
     code, said = knock_on_a_terminal(locked, b"wrong\r")
-    assert code == 65 and b"gpg, " in said, said
+    assert code == 65 and b"passphrase" in said, said
     done = locked.knock("O", "22", check=False, start_new_session=True)
-    assert done.returncode == 65 and "(if for a passphrase: it needs a terminal, pinentry-curses)" in done.stderr
+    assert done.returncode == 65 and "there is no terminal" in done.stderr
     assert done.stderr.count("\n") == 1
+
+# ---- words: each line as its reader sees it --------------------------------------------------------------------------
+
+def reads(done, code, line):
+    """Insist that a program ended with this code and that this was all it said, one line, which its reader can act on.
+    A * in the line is a word that differs from run to run, as a time does; ** are any words."""
+    pattern = re.escape(f"tariq: {line}\n").replace(r"\*\*", ".+").replace(r"\*", r"\S+")
+    assert done.returncode == code and re.fullmatch(pattern, done.stderr) and done.stdout == "", (line, done)
+    for raw in ("Errno", r"\\x", "Traceback", "[0-9A-F]{40}", "(^| )gpg: ", "Error"):
+        assert not re.search(raw, done.stderr), (raw, done)
+
+def client_with(world, ring=None, **settings):
+    """A copy of the client's config with other values in [box]; a value None takes the key out."""
+    text = world.me.read_text()
+    for key, value in settings.items():
+        text = re.sub(rf"(?m)^{key} = .*\n", "", text)
+        text = text.replace("[box]\n", f"[box]\n{key} = {value}\n") if value is not None else text
+    if ring:
+        text = re.sub("(?m)^client_gpg_dir = .*", f"client_gpg_dir = {ring}", text)
+    return write(world.lab.new("tariq.conf"), text, NOBODY)
+
+@pytest.mark.parametrize("words, code, line", [
+    ("O", 64, "a request is O PORT[/tcp|/udp]..., C PORT... or E COMMAND [ARG...], in printable characters."),
+    ("O ssh", 64, "ssh is no port: write 22, 22/tcp or 53/udp, from 1 to 65535."),
+    ("O 22/sctp", 64, "22/sctp is no port: write 22, 22/tcp or 53/udp, from 1 to 65535."),
+    (f"E echo {'x' * 900}", 64, "The request is * bytes too long: shorten it."),
+    ("O 22 23/udp", 77, "box says: refused: you may not O 23/udp here."),
+    ("E reboot now", 77, "box says: refused: you may not E reboot now here.")])
+def test_the_words_for_a_request(box, words, code, line):
+    reads(knock(box, *words.split()), code, line)
+
+def test_the_words_for_a_config_that_lacks_something(box):
+    none, host = box.lab.dir / "none.conf", "new.example.com"
+    reads(knock(box, conf=none), 78, f"There is no config {none} yet: tariq.py keygen YOU@LAPTOP makes a client's, and "
+          "sudo tariq.py init a server's.")
+    reads(knock(box, where=host), 78, f"{host} is not in {box.me}, which has box, box6: enroll there, and tariq.py join "
+          f"{host} (README, The first hour).")
+    fresh = write(box.lab.new("fresh.conf"), "[client]\nuser = me@laptop\nclient_gpg_dir = /nowhere\n", NOBODY)
+    reads(knock(box, conf=fresh, where=host), 78, f"{host} is not in {fresh}, which has no server yet: enroll there, "
+          f"and tariq.py join {host} (README, The first hour).")
+    for settings, line in (({"secret": None}, "secret is missing."),
+                           ({"secret": "c2VjcmV0"}, "secret has to be 32 random bytes in base64, which this prints: "
+                            "head -c 32 /dev/urandom | base64."),
+                           ({"secret_port": 1}, "secret_port is no key that can stand here."),
+                           ({"address": "here"}, "address has to be an IP address, or any.")):
+        conf = client_with(box, **settings)
+        reads(knock(box, conf=conf), 78, f"{conf}: [box] {line}")
+    loose = client_with(box)
+    loose.chmod(0o644)
+    reads(knock(box, conf=loose), 78, f"{loose} is open to others: chmod 600 it (and, if root's commands read it, "
+          "chown root it).")
+    broken = write(box.lab.new("broken.conf"), "secret = x\n", NOBODY)
+    reads(knock(box, conf=broken), 78, f"{broken} is no INI file: it needs [section] or key = value in each line, and "
+          "every section and key once.")
+
+def test_the_words_for_options(box):
+    for options, line in ((["-p", "1,2,3"], "secret_ports has to be 5 to 32 different ports with commas between them."),
+                          (["--address", "home"], "address has to be an IP address, or any.")):
+        reads(knock(box, options=options), 64, line)
+    reads(knock(box, options=["--transport", "crafted"]), 71,
+          "Crafted packets need root: use sudo, or leave --transport out.")
+
+def test_the_words_for_keys(box):
+    ring = box.me.parent / "gpg"
+    reads(knock(box, options=["-u", "who@example.com"]), 65, "Your key, who@example.com, is not in the keyring "
+          f"{ring}: renew it, or make one with tariq.py keygen; then enroll it.")
+    reads(knock(box, conf=client_with(box, server_key="0" * 40)), 65,
+          f"The key of box is not in the keyring {ring}: enroll and join again.")
+    reads(knock(box, options=["-g", "/nowhere"]), 69, "There is no keyring /nowhere: tariq.py init makes a server's, "
+          "tariq.py keygen a client's.")
+    (own := box.lab.new("ring")).mkdir(0o700)
+    os.chown(own, NOBODY, NOBODY)
+    gpg(own, "--import", input=gpg(ring, "--export", config_values(box.me, "box")["server_key"], text=False).stdout,
+        text=False)
+    for user in ("late@example.com", "gone@example.com"):
+        generate(own, user, "future-default", *at_time(-86400))
+    gpg(own, *at_time(-86400), "--quick-set-expire", fingerprint(own, "late@example.com"), "seconds=1")
+    revocation = (own / "openpgp-revocs.d" / f"{fingerprint(own, 'gone@example.com')}.rev").read_text()
+    gpg(own, "--import", input=revocation.replace(":-----BEGIN", "-----BEGIN"))
+    conf = client_with(box, ring=own)
+    for user, why in (("late@example.com", "expired on *"), ("gone@example.com", "is revoked")):
+        reads(knock(box, conf=conf, options=["-u", user]), 65, f"Your key, {user}, {why}: renew it, or make one with "
+              "tariq.py keygen; then enroll it.")
+
+def test_the_words_for_a_keyring_whose_path_is_too_long(box):
+    home = box.lab.new("ring") / ("long" * 20)
+    home.mkdir(parents=True)
+    os.chown(home, NOBODY, NOBODY)
+    conf = write(box.lab.new("tariq.conf"), f"[client]\nuser = me@laptop\nclient_gpg_dir = {home}\n", NOBODY)
+    os.chown(conf.parent, NOBODY, NOBODY)
+    done = box.lab.tariq(box.client, "keygen", "-c", conf, "me@laptop", user=NOBODY, check=False)
+    os.chown(conf.parent, 0, 0)
+    reads(done, 78, f"The keyring's path {home} is too long for gpg-agent: move it to one of at most 86 bytes.")
+
+def test_the_words_for_images(box):
+    (covers := box.lab.new("covers")).mkdir()
+    reads(knock(box, options=["-i", covers]), 65, f"There is no PNG image (.png) in the folder {covers}.")
+    (covers / "photo.png").write_text("no PNG")
+    reads(knock(box, options=["-i", covers]), 65,
+          f"{covers}/photo.png cannot be read as a PNG image: choose another img_dir.")
+
+def test_the_words_for_the_way_to_the_server(box):
+    reads(knock(box, conf=client_with(box, host="nowhere.invalid")), 75, "nowhere.invalid has no address that can be "
+          "found here: is it written right? (**)")
+    reads(knock(box, conf=client_with(box, host="203.0.113.1")), 75, "There is no route to 203.0.113.1 (203.0.113.1): "
+          "is the network up here?")
+    silent, clock = client_with(box, host="198.51.100.99"), "The server's log may say why (journalctl -u tariq); it is * " \
+        "UTC by this clock, and a minute is too far off."
+    reads(knock(box, conf=silent, timeout=1), 75, f"No answer from box in 1 s, at 198.51.100.99 by kernel and udp. {clock}")
+    reads(knock(box, conf=silent, timeout=1, transport="udp"), 75,
+          f"No answer from box in 1 s, at 198.51.100.99 by udp. {clock}")
+    reads(knock(box, change=OWN.format("64:ff9b::cb00:714d")), 76, f"The server sees {box.client.ip}, and this machine "
+          f"is 64:ff9b::cb00:714d: nothing was opened. If that is your NAT, knock with --address {box.client.ip}; if it "
+          "is not, somebody relays your knock.")
+
+def test_the_words_for_doors(box):
+    other, at = second_client(box, "neighbour", ("O 22", "C 22")), r"\d\d:\d\d:\d\dZ"
+    assert re.fullmatch(rf"opened tcp/22, udp/53 on box for {box.client.ip} until {at}\n", opens(box, "O", "22", "53/udp"))
+    reads(knock(box, "C", "22", conf=other), 77, f"box says: tcp/22 is open for {box.client.ip} until *Z, by another "
+          "client, who alone closes it.")
+    reads(knock(box, "C", "22", host=box.other), 77, f"box says: tcp/22 is open for {box.client.ip} until *Z, and you "
+          f"came from {box.other.ip}.")
+    assert opens(box, "C", "22", "53/udp") \
+        == f"closed tcp/22 on box for {box.client.ip}; closed udp/53 for {box.client.ip}\n"
+    assert opens(box, "C", "22") == f"tcp/22 was shut already on box for {box.client.ip}\n"
+
+def test_the_words_for_what_is_missing_on_a_machine(box):
+    for module, package, how in (("PIL", "python3-pil", dict(options=["-i", "/tmp"])),
+                                 ("scapy", "python3-scapy", dict(transport="crafted"))):
+        reads(knock(box, change=f"sys.modules['{module}'] = None", **how), 69,
+              f"{module} is missing on this machine: apt-get install {package}")
+    reads(box.client.run(*without(box, "gpg"), *as_user(NOBODY), *knock_words(box), check=False), 69,
+          "gpg is missing on this machine: apt-get install gnupg")
+
+def without(world, program):
+    """The words that run a command where a program of /usr/bin or /usr/sbin is not installed."""
+    own = world.lab.new("usr")
+    script = f"mkdir {own} && mount -t tmpfs tmpfs {own} && cd {own} && mkdir upper work && " \
+        f"for path in /usr/bin /usr/sbin; do mkdir upper$path work$path -p && mount -t overlay overlay " \
+        f"-o lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path $path && rm -f $path/$0; done && " \
+        'exec "$@"'
+    return "sh", "-c", script, program
+
+def test_the_words_for_what_is_missing_on_a_servers_machine(idle):
+    for program, package in (("iptables", "iptables"), ("setpriv", "util-linux")):
+        done = idle.other.run(*without(idle, program), idle.lab.dir / "tariq.py", "server", "-c", idle.conf, check=False)
+        last = done.stderr.splitlines()[-1]
+        assert (done.returncode, last) == (69, f"tariq: {program} is missing on this machine: apt-get install {package}")
+    done = idle.other.run(*without(idle, "gpg"), idle.lab.dir / "tariq.py", "server", "-c", idle.conf, check=False)
+    *_, why, last = [line for line in done.stderr.splitlines() if line[0] != "+"]
+    assert done.returncode == DIED and why.strip() == "listener: gpg is missing on this machine: apt-get install gnupg"
+    assert last == "tariq: The listener died, and the doors are closed. Its last line in the log says why; if there is " \
+        "none, setpriv failed."
+
+def test_the_words_of_roots_commands(box):
+    program = box.lab.dir / "tariq.py"
+    for command in ("init", "check", "hide", "server", "enroll"):
+        done = box.lab.tariq(box.other, command, "-c", box.conf, user=NOBODY, check=False)
+        reads(done, 71, f"This needs root: sudo {program} {command}")
+    none = box.lab.dir / "none.conf"
+    for command in ("check", "hide", "server"):
+        reads(box.lab.tariq(box.other, command, "-c", none, check=False), 78, f"There is no config {none} yet: tariq.py "
+              "keygen YOU@LAPTOP makes a client's, and sudo tariq.py init a server's.")
+    reads(box.lab.tariq(box.server, "server", "-c", box.conf, check=False), 71,
+          "A server with this chain runs already: sudo systemctl stop tariq")
+
+def test_the_words_for_a_passphrase_without_a_terminal(locked):
+    locked.shell(f"rm -f {AGENT_CONF}")
+    done = locked.knock("O", "22", check=False, start_new_session=True)
+    reads(done, 65, "The key in /home/me/.config/tariq/gpg has a passphrase, and there is no terminal to ask for it: "
+          "knock from a terminal, with pinentry-curses installed.")
+
+def test_the_words_of_an_enrolment(remote, laptop):
+    done, config = type_enroll(remote, laptop), "/home/me/.config/tariq/tariq.conf"
+    key = remote.shell("sudo sed -n 's/^key = //p' /etc/tariq/tariq.conf").stdout.strip()
+    server_key = laptop.shell(f"sed -n 's/^server_key = //p' {config}").stdout.strip()
+    assert sorted(done.stderr.splitlines()) == sorted([  # three commands at once
+        f"wrote {config}", f"wrote {config}", "wrote /etc/tariq/tariq.conf",
+        f"The key of me@laptop is {key}. Knocks are signed by that of `user` in {config}.",
+        f"me@laptop ({key}) may O 22/tcp; C 22/tcp",
+        f"box.example.com is known by its key {server_key}. Next: tariq.py knock box.example.com O 22"])
+
+def test_the_words_for_a_full_disk(box):
+    key = box.lab.tariq(box.client, "keygen", "-c", second_client(box, "late"), "late@example.com").stdout
+    (disk := box.lab.new("disk")).mkdir()
+    script = (f"mount -t tmpfs -o size=1m,mode=755 tmpfs {disk} && cp -a {box.conf.parent}/. {disk}"
+              f" && sed -i s,{box.conf.parent},{disk}, {disk}/tariq.conf && rm -f {disk}/.server-gpg/S.*"
+              f" && {{ dd if=/dev/zero of={disk}/fill 2>/dev/null; sync; exec \"$@\"; }}")
+    done = box.server.run("sh", "-c", script, "sh", box.lab.dir / "tariq.py", "enroll", "-c", disk / "tariq.conf",
+                          input=key, check=False)
+    reads(done, 71, f"The disk that holds {disk}/.server-gpg is full: make room there.")
+
+def test_a_start_that_finds_all_well_logs_four_lines_at_most_and_a_knock_what_it_changes_and_one_more(idle):
+    with serving(idle) as server:
+        assert server.log.count("\n") <= 4 and "README" not in server.log, server.log
+        for words, lines in (("O 22", (r"\+ iptables -w 5 -A .*", rf"me@laptop \S+ O 22/tcp: opened tcp/22 for \S+ until \S+")),
+                             ("C 22", (r"\+ iptables -w 5 -D .*", r"me@laptop \S+ C 22/tcp: closed tcp/22 for \S+")),
+                             ("E echo hi", (r"\+ echo hi", r"me@laptop \S+ E echo hi: exit status 0"))):
+            before = server.log
+            opens(idle, *words.split())
+            said = server.log.removeprefix(before).splitlines()
+            assert len(said) == len(lines) and all(map(re.fullmatch, lines, said)), said
+        before = server.log
+        fails(idle, REFUSED, "", "O", "99")
+        assert server.log.removeprefix(before).splitlines() \
+            == [f"me@laptop {idle.client.ip} O 99/tcp: refused: you may not O 99/tcp here."]
+
+COMMANDS = ("init", "check", "hide", "server", "keygen", "enroll", "join", "knock")
+
+def test_help_has_two_sentences_an_example_that_can_be_typed_and_words_for_each_option():
+    said = sh(sys.executable, TARIQ, "--help").stdout
+    assert all(re.search(rf"(?m)^    {command} +[A-Z].*", said) for command in COMMANDS)
+    for command in COMMANDS:
+        said = sh(sys.executable, TARIQ, command, "--help").stdout
+        sentences, examples = re.search(r"(?s)\n\n(.*?) Examples?:\n\n(.*?)\n\n", said).groups()
+        assert len(re.split(r"(?<=\.)\s+", sentences)) == 2, sentences
+        for example in examples.splitlines():
+            program, *words = shlex.split(re.sub(" [<>|] .*", "", example.strip().removeprefix("sudo ")))
+            assert program in ("tariq.py", "./tariq.py") and words[0] == command, example
+            tariq.command_line().parse_args(words)  # raises Fault
+        options = re.split(r"(?m)^\w.*:\n", said.split("\n\n", 2)[2])[1:]
+        for entry in re.findall(r"(?m)^  (\S.*(?:\n {10,}.*)*)", "".join(options)):
+            assert re.search(r"\S\s{2,}\S", entry), f"no words: {entry!r}"
+
+def test_version_says_which_file_this_is():
+    digest = sh("sha256sum", TARIQ).stdout.split()[0]
+    assert sh(sys.executable, TARIQ, "--version").stdout == f"tariq.py 3.0, SHA-256 {digest}\n"
 
 # ---- the service -----------------------------------------------------------------------------------------------------
 
-UNIT = blocks("1. The server")[0].partition("<<'END'\n")[2].partition("\nEND\n")[0]
-
 def unit(key):
-    return re.search(f"^{key}=(.*)$", UNIT, re.M)[1].split()
+    """The words of a setting of the unit that `init` writes."""
+    return " ".join(re.findall(f"(?m)^{key}=(.*)$", tariq.UNIT)).split()
 
 def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     """What systemd does, done with the kernel's own means: the exact bounding set, no new privileges, a read-only
@@ -3936,7 +4266,7 @@ def test_the_unit_is_valid_little_exposed_and_lets_through_all_that_the_server_d
     def members(name):
         return set().union(*(members(word) for word in groups[name])) if name.startswith("@") else {name}
     path, trace = "/etc/systemd/system/tariq.service", remote.lab.new("trace")
-    remote.shell(f"sudo tee {path} >/dev/null", input=UNIT)
+    remote.shell(f"sudo tee {path} >/dev/null", input=tariq.UNIT)
     done = analyze("verify", path)
     assert "tariq" not in done.stdout + done.stderr
     # 0 to 100; an unhardened service of root has 96. What is left is root itself, six capabilities and the network.
@@ -3949,8 +4279,9 @@ def test_the_unit_is_valid_little_exposed_and_lets_through_all_that_the_server_d
     assert server.stop() == 0
     text = traced(trace, server.process.pid)
     calls = set(re.findall(r"^\d+ +(?:<\.\.\. )?(\w+)(?:\(| resumed)", text, re.M))
-    assert unit("SystemCallFilter") == ["@system-service"]
-    assert len(calls) > 40 and calls <= members("@system-service") | members("@default"), calls
+    assert unit("SystemCallFilter") == ["@system-service", "~@resources"]
+    allowed = members("@system-service") - members("@resources") | members("@default")
+    assert len(calls) > 40 and calls <= allowed, calls - allowed
     assert set(re.findall(r"socket(?:pair)?\((\w+)", text)) <= set(unit("RestrictAddressFamilies"))
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: run as root")
@@ -4048,10 +4379,459 @@ def demo():
         return 130
     return 0
 
+# ---- a real machine: the README's first hour, typed on a fresh Debian 13 in qemu ---------------------------------------
+
+IMAGES = Path(os.environ.get("TARIQ_MACHINE_CACHE", "/var/cache/tariq-test-machine"))
+PATIENCE = 900  # seconds: where the processor is emulated and shared, a boot may take minutes
+
+# What an installation of Debian or a provider's image brings.
+DEBIAN = ("linux-image-cloud-amd64,initramfs-tools,lz4,systemd,systemd-sysv,udev,dbus,"
+          "openssh-server,openssh-client,iproute2,sudo,procps,kmod,python3")
+# What `init` asks for. It lies in apt's cache, since the machine has no way out.
+PACKAGES = "python3-scapy python3-pil gnupg iptables"
+
+# $1: where it is made, $2: Debian's mirror, $3: DEBIAN, $4: PACKAGES
+MAKE_IMAGE = r"""set -eu
+tree=$1/tree
+debootstrap --variant=minbase --include="$3" trixie "$tree" "$2"
+inside() { chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 "$@"; }
+mount -t proc proc "$tree/proc"
+cp /etc/resolv.conf "$tree/etc/resolv.conf"
+inside apt-get update -q
+inside apt-get install -q -y --no-install-recommends --download-only $4
+rm "$tree/etc/resolv.conf"
+echo box > "$tree/etc/hostname"
+printf '127.0.0.1 localhost box\n::1 localhost box\n' > "$tree/etc/hosts"
+echo '/dev/vda / ext4 rw 0 0' > "$tree/etc/fstab"
+cat > "$tree/etc/systemd/network/eth0.network" <<'END'
+[Match]
+Name=eth0
+[Network]
+Address=198.51.100.10/24
+Address=2001:db8:1::10/64
+Gateway=198.51.100.1
+IPv6AcceptRA=no
+END
+# The journal comes out of the serial line, too: it is what there is to see when nobody gets in.
+mkdir "$tree/etc/systemd/journald.conf.d"
+cat > "$tree/etc/systemd/journald.conf.d/serial.conf" <<'END'
+[Journal]
+ForwardToConsole=yes
+TTYPath=/dev/ttyS0
+END
+inside systemctl -q enable systemd-networkd
+# What costs time here and says nothing of Tariq.
+inside systemctl -q mask systemd-networkd-wait-online.service systemd-pstore.service \
+    e2scrub_reap.service apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
+    e2scrub_all.timer fstrim.timer
+touch "$tree/etc/.updated" "$tree/var/.updated"
+printf 'MODULES=list\nCOMPRESS=lz4\n' > "$tree/etc/initramfs-tools/conf.d/small"
+printf 'virtio_pci\nvirtio_blk\next4\n' > "$tree/etc/initramfs-tools/modules"
+inside update-initramfs -u
+umount "$tree/proc"
+cp "$tree"/boot/vmlinuz-* "$1/kernel"
+cp "$tree"/boot/initrd.img-* "$1/initrd"
+truncate -s 3G "$1/disk"
+mkfs.ext4 -q -m 0 -d "$tree" "$1/disk"
+rm -rf "$tree"
+"""
+
+def image(packages):
+    """The directory of a fresh machine's disk, kernel and initrd; made where the cache has none of
+    this very recipe."""
+    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages)).encode()).hexdigest()[:16]
+    made, making = IMAGES / recipe, IMAGES / "making"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with open(IMAGES / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once need one image
+        if not made.exists():
+            print(f"making a Debian 13 in {made}", flush=True)
+            for old in IMAGES.iterdir():
+                if old.is_dir():  # of another recipe, or not finished
+                    shutil.rmtree(old)  # a machine that uses it holds its files open
+            making.mkdir()
+            targets = sh("apt-get", "indextargets", "--format", "$(REPO_URI)",
+                         "Created-By: Packages").stdout.splitlines()
+            mirror = next(line for line in targets if "security" not in line)
+            # Namespaces of its own: what is mounted or runs in there goes when it ends.
+            sh("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
+               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages, timeout=3600)
+            making.rename(made)
+    return made
+
+class Guest:
+    """Debian 13 in qemu, as box.example.com on a lab's switch. What it writes to its disk goes when
+    it ends."""
+
+    def __init__(self, lab, image, key):
+        self.console = lab.dir / "console"
+        sh("ip", "-n", lab.switch, "tuntap", "add", "tap0", "mode", "tap")
+        sh("ip", "-n", lab.switch, "link", "set", "tap0", "master", "br0", "up")
+        self.start = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-m", "1024", "-smp",
+                      "2", "-kernel", image / "kernel", "-initrd", image / "initrd"]
+        kind = ["tcg,thread=multi", "-cpu", "qemu64"]
+        if self.kvm_works():
+            kind = ["kvm", "-cpu", "host"]
+        # As a provider does it: root's ssh key comes from outside, by systemd's name for that.
+        key = base64.b64encode(key.read_bytes()).decode()
+        words = ("root=/dev/vda rw quiet console=ttyS0 net.ifnames=0 mitigations=off "
+                 f"systemd.default_timeout_start_sec={PATIENCE} "  # nothing fails by slowness
+                 f"systemd.default_device_timeout_sec={PATIENCE} "
+                 f"systemd.set_credential_binary=ssh.authorized_keys.root:{key}")
+        self.process = subprocess.Popen(
+            ["ip", "netns", "exec", lab.switch, *map(str, self.start), "-accel", *kind,
+             "-drive", f"file={image}/disk,format=raw,if=virtio,snapshot=on,cache=unsafe",
+             "-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no",
+             "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci",
+             "-serial", f"file:{self.console}", "-append", words], stdin=DEVNULL)
+
+    def kvm_works(self):
+        """Whether a guest gets as far as its first process: /dev/kvm may be there, and fail."""
+        if not os.access("/dev/kvm", os.W_OK):
+            return False
+        words = "console=ttyS0 panic=-1 rdinit=/bin/true"  # when that ends, the kernel ends, too
+        try:
+            done = sh(*self.start, "-accel", "kvm", "-cpu", "host", "-no-reboot", "-serial",
+                      "stdio", "-append", words, check=False, timeout=30)
+        except subprocess.TimeoutExpired:
+            return False
+        return "Attempted to kill init! exitcode=0x00000000" in done.stdout
+
+    def booted(self, times=1):
+        """Wait until it has come up so many times."""
+        def up():
+            assert self.process.poll() is None, "qemu has ended"
+            return self.console.exists() and self.console.read_bytes().count(b"Startup finished") >= times
+        wait_for(up, "the machine does not come up", PATIENCE)
+
+    def last_words(self, lines=80):
+        text = self.console.read_text(errors="replace") if self.console.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+def readme(heading, number=0):
+    """What the README has there to be typed."""
+    return blocks(heading)[number].strip()
+
+class FirstHour:
+    """A laptop, a stranger and a machine. Each line is printed, typed by whom it says, and its
+    outcome looked at."""
+
+    addresses = "198.51.100.10", "2001:db8:1::10"
+
+    def __init__(self, lab):
+        key = lab.dir / "id_ed25519"
+        sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+        self.began, self.lab, self.typed = time.monotonic(), lab, 0
+        self.guest = Guest(lab, image(PACKAGES), Path(f"{key}.pub"))
+        self.laptop, self.stranger = Machine(lab, "laptop"), lab.host("other", 30)
+        # `session` is one log-in that stays, as an admin's does: all of its commands go through one
+        # connection, which no step may cut.
+        self.laptop.run("tee", "-a", "/etc/hosts", input=f"{self.addresses[1]} box.example.com\n")
+        self.laptop.shell("cat >.ssh/config", input=(
+            "Host session\n  HostName box.example.com\n  ControlMaster auto\n  ControlPersist yes\n"
+            "  ControlPath ~/.ssh/session-%r\nHost *\n  StrictHostKeyChecking accept-new\n"
+            f"  LogLevel ERROR\n  ConnectTimeout {PATIENCE}\n"))
+
+    def boots(self, times=1):
+        """Wait until it has booted so many times, and is on the network. A hidden machine says so
+        on the link only."""
+        self.guest.booted(times)
+        self.stranger.run("ip", "neigh", "flush", "all")
+        def answers():
+            for address in self.addresses:
+                self.stranger.connects(address, timeout=0.1)
+            return self.stranger.run("ip", "neigh").stdout.count("lladdr") >= len(self.addresses)
+        wait_for(answers, "the machine's network does not come up", PATIENCE)
+
+    def say(self, text):
+        print(f"\n[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
+
+    def on_laptop(self, line, code=(0,), said="", quiet=False):
+        """What `me` types on the laptop -> what it prints."""
+        done = self.laptop.shell(line, check=False, timeout=PATIENCE)
+        return self.look("me@laptop", line, done, code, said, quiet)
+
+    def on_box(self, line, code=(0,), said="", user="me", quiet=False):
+        """What is typed on the machine, through the session that stays -> what it prints."""
+        words = "ssh", f"{user}@session", line
+        done = self.laptop.run(*words, user="me", check=False, timeout=PATIENCE)
+        return self.look(f"{user}@box", line, done, code, said, quiet)
+
+    def look(self, where, line, done, code, said, quiet):
+        text = done.stdout + done.stderr
+        if not quiet:
+            self.typed += 1
+            lines = text.splitlines()
+            most = f"... {len(lines) - 20} lines ..."
+            shown = lines if len(lines) <= 40 else [*lines[:10], most, *lines[-10:]]
+            print(f"{where}$ {line}", *(f"  {line}" for line in shown), sep="\n", flush=True)
+        fault = f"{line!r}: exit status {done.returncode}, not {code}, or without {said!r}:\n{text}"
+        assert done.returncode in code and said in text, fault
+        return text
+
+    def knock(self, *words, said="opened tcp/22"):
+        """Knock until there is an answer, as people do: a slow machine may not be up yet, or give
+        its gpg more time than the server allows."""
+        words = "tariq.py", "knock", "box.example.com", *(words or ("O", "22"))
+        def answered():
+            return said in self.on_laptop(shlex.join(words), code=(0, 75))
+        wait_for(answered, "no knock is answered", PATIENCE)
+
+    def close(self):
+        """Close the laptop's doors; of two families one knock may have reached one."""
+        for family in "-4", "-6":
+            self.knock(family, "C", "22", said="tcp/22")
+
+    def log_in(self):
+        """A connection of its own, which has to come through a door where the machine hides."""
+        self.on_laptop("ssh me@box.example.com hostname", said="box")
+
+    def hidden(self):
+        """Neither a stranger nor the laptop, whose door is shut, gets an answer."""
+        def gets_in(host, address):
+            return host.connects(address, timeout=3)
+        with ThreadPoolExecutor() as pool:  # each waits
+            ways = itertools.product((self.stranger, self.laptop), self.addresses)
+            assert not any(pool.map(gets_in, *zip(*ways))), "somebody gets in without a knock"
+        assert self.session() == self.kept, "the log-in that was there is cut"
+        print("(hidden: neither a stranger nor the laptop gets an answer from port 22)", flush=True)
+
+    def service(self):
+        """What systemd says of the service: {name: value}."""
+        text = self.on_box("systemctl show -p ActiveState -p MainPID tariq", quiet=True)
+        return dict(line.split("=") for line in text.splitlines())
+
+    def recovers(self, pid):
+        """Wait until another process than this one is the monitor, and ready."""
+        def ready():
+            now = self.service()
+            return now["ActiveState"] == "active" and now["MainPID"] not in ("0", pid)
+        wait_for(ready, "systemd does not bring the service back", PATIENCE)
+
+    def set_up(self):
+        self.say("A fresh Debian 13, which its provider gave to root and to `me`, who may sudo.")
+        self.boots()
+        self.on_box("useradd --create-home --shell /bin/bash me; cp -r .ssh ~me/; chown -R me: ~me;"
+                    "echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me", user="root", quiet=True)
+        self.clone("tariq")
+        self.on_box("uptime")
+        self.kept = self.session()
+
+    def clone(self, name, change=""):
+        """A copied clone on the machine."""
+        copy = self.lab.dir / name
+        copy.mkdir(mode=0o755)
+        for path in TARIQ, HERE / "tariq.conf.example", HERE / "README.md":
+            shutil.copy(path, copy)
+        with open(copy / TARIQ.name, "a") as file:
+            file.write(change)
+        self.on_laptop(f"scp -qr {copy} me@box.example.com:", quiet=True)
+
+    def init(self):
+        self.say("init names what is missing, touches nothing, and then does all of it.")
+        line = f"cd tariq && {readme('1. On the server: init')}"
+        said = self.on_box(line, code=(69,), said="apt-get install")
+        self.gone()
+        self.on_box("sudo apt-get update")
+        self.on_box("sudo " + re.search(r"apt-get install [^\n'`\"]*", said)[0])
+        self.on_box(line, said="enroll")
+        assert self.service()["ActiveState"] == "active"
+        assert "python" not in self.on_box("sudo ss -Hlntup", quiet=True), "Tariq listens"
+
+    def gone(self):
+        """Nothing of Tariq is there, or not yet."""
+        for pattern in "/etc/tariq", "/usr/local/bin/tariq*", "/etc/systemd/system/*tariq*":
+            self.on_box(f"ls -d {pattern}", code=(2,), quiet=True)
+        self.on_box("id tariq", code=(1,), quiet=True)
+
+    def enroll(self):
+        self.say("A client: key, enrolment and profile in one line.")
+        self.on_laptop(readme("2. On the client: keygen, enroll, join", 1))
+
+    def hide(self):
+        self.say("hide: nothing changes for good until somebody has come in through a door.")
+        assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
+        said = ""
+        while "hidden for good" not in said:  # a slow machine may need more than its two minutes
+            said = self.try_to_hide()
+        self.say(f"That was the first hour: {self.typed} lines typed.")
+        self.on_box("sudo tariq.py check")
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.close()
+        self.hidden()
+        self.on_box("systemd-analyze security --no-pager tariq | tail -n 1")
+
+    def try_to_hide(self):
+        path, line = self.lab.new("hide"), readme("3. On the server: hide")
+        with open(path, "w") as file:
+            words = "ssh", "-tt", "me@session", line
+            process = self.laptop.popen(*words, user="me", stdin=PIPE, stdout=file, stderr=file)
+        def hides():
+            return "another terminal" in path.read_text() or process.poll() is not None
+        wait_for(hides, "hide says nothing", PATIENCE)
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.on_laptop(readme("4. On the client: the first knock"), code=(0, 75))
+        self.log_in()
+        code = process.wait(PATIENCE)
+        done = SimpleNamespace(stdout=path.read_text(), stderr="", returncode=code)
+        return self.look("me@box", line, done, (0, 75), "", False)
+
+    def reboot(self):
+        self.say("A reboot with a door open: the machine comes up hidden, the door shut.")
+        self.knock()
+        self.log_in()
+        self.on_box("sudo systemctl reboot", quiet=True, code=(0, 255))
+        self.session("exit")  # it would wait for the machine that is gone
+        self.boots(2)
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("uptime")
+        self.kept = self.session()
+        self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
+
+    def session(self, command="check"):
+        """What ssh says of the log-in that stays, with its process's number."""
+        words = "ssh", "-O", command, "me@session"
+        return self.laptop.run(*words, user="me", check=False).stderr
+
+    def broken_config(self):
+        self.say("A typo in the config: a restart fails aloud, check says why, all stays hidden.")
+        self.on_box(r"sudo sed -i 's/^\[server\]/&\nopen_timout = 60/' /etc/tariq/tariq.conf")
+        self.on_box("sudo tariq.py check", code=(78,), said="open_timout")
+        self.on_box("sudo systemctl restart tariq", code=(1,))
+        self.on_box("sudo journalctl --no-pager -o cat -n 5 -u tariq", said="open_timout")
+        assert not self.stranger.connects(self.addresses[0], timeout=3)
+        self.on_box("sudo sed -i /open_timout/d /etc/tariq/tariq.conf")
+        self.on_box("sudo systemctl restart tariq")
+        self.hidden()
+        self.knock()
+        self.log_in()
+
+    def full_disk(self):
+        self.say("A full disk, under the keyring, too: knocks and a restart go on.")
+        most = "$(($(df --output=avail -B1M / | tail -n 1) - 64))M"
+        for line in (f"sudo fallocate -l {most} /full; sudo dd if=/dev/zero of=/rest bs=4k",
+                     "echo | sudo -u tariq tee /etc/tariq/.server-gpg/more"):
+            self.on_box(line, code=(1,), said="No space left")
+        self.close()
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("sudo systemctl restart tariq")
+        self.hidden()
+        self.knock()
+        self.log_in()
+        self.on_box("sudo rm /full /rest /etc/tariq/.server-gpg/more")
+
+    def killed(self):
+        for which in "monitor", "listener":
+            self.say(f"kill -9 of the {which}: systemd brings all of it back, hidden.")
+            pid = self.service()["MainPID"]
+            target = pid if which == "monitor" else f"$(pgrep -u tariq -f -- '- listener')"
+            self.on_box(f"sudo kill -9 {target}")
+            self.recovers(pid)
+            self.hidden()
+            self.knock()
+            self.log_in()
+
+    def upgrade(self):
+        self.say("init again, from a newer clone, is the upgrade: config and keys stay.")
+        before = self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
+        pid = self.service()["MainPID"]
+        self.clone("newer", "# a newer version\n")
+        self.on_box(f"cd newer && {readme('An upgrade').partition('&& ')[2]}")  # not its git pull
+        self.recovers(pid)
+        assert before == self.on_box("sudo sha256sum /etc/tariq/tariq.conf", quiet=True)
+        newer = (self.lab.dir / "newer/tariq.py").read_bytes()
+        self.on_box("tariq.py --version", said=hashlib.sha256(newer).hexdigest())
+        self.hidden()
+        self.knock()
+        self.log_in()
+
+    def uninstall(self):
+        self.say("Uninstalled: nothing of it stays, and the machine can be reached as before.")
+        for line in readme("Uninstalling").splitlines():
+            self.on_box(line)
+        for program in "iptables", "ip6tables":
+            assert "tariq" not in self.on_box(f"sudo {program} -S", quiet=True)
+        self.gone()
+        assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
+
+def machine():
+    """The README's first hour on a fresh Debian 13, and what goes wrong later, typed over ssh."""
+    if os.geteuid():
+        sys.exit("the machine hangs on network namespaces: sudo ./test_tariq.py machine")
+    needs = {"qemu-system-x86_64": "qemu-system-x86", "debootstrap": "debootstrap",
+             "mkfs.ext4": "e2fsprogs"}
+    missing = [package for program, package in needs.items() if not shutil.which(program)]
+    if missing:
+        sys.exit(f"not installed: apt-get install --no-install-recommends {' '.join(missing)}")
+    with Lab() as lab:
+        hour = FirstHour(lab)
+        try:
+            for step in (hour.set_up, hour.init, hour.enroll, hour.hide, hour.reboot,
+                         hour.broken_config, hour.full_disk, hour.killed, hour.upgrade,
+                         hour.uninstall):
+                step()
+            hour.say("All of it went as it should. The machine is removed.")
+        except Exception:
+            print(f"\nthe machine's console:\n{hour.guest.last_words()}", flush=True)
+            raise
+
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
+SECOND = "476c5ac"  # the second design's last commit: `bench latency` measures it, too
 RATIOS = {"kernel": 0.55, "udp": 0.5, "crafted": 1.2}  # wanted, to fwknop with GPG in the same run
 GIVE_UP = 5  # seconds without an open port
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+def quantile(values, part):
+    """The value below which so many hundredths lie."""
+    return statistics.quantiles([*values] * 2, n=100, method="inclusive")[part - 1]  # it needs two
+
+def milliseconds(function, *arguments):
+    began = time.perf_counter()
+    function(*arguments)
+    return (time.perf_counter() - began) * 1e3
+
+def cost_of(host, *argv, user=NOBODY):
+    """A program's time in ms, less that of a program that does nothing."""
+    def run(*words):
+        return milliseconds(lambda: host.run(*words, user=user))
+    return run(*argv) - run("true")
+
+def server_beside(world, name, program=None):
+    """Another server on the world's host, by another tariq.py if need be, with a directory, a
+    chain, ports, keyring and client of its own -> a world to knock in. It does not run yet."""
+    lab = copy.copy(world.lab)
+    lab.dir = world.lab.dir / name
+    lab.dir.mkdir(mode=0o755)
+    if program:
+        program = program.replace("#!/usr/bin/python3", f"#!{sys.executable}", 1)
+        write(lab.dir / "tariq.py", program, mode=0o755)
+    else:
+        lab.program(path=lab.dir / "tariq.py")
+    another = SimpleNamespace(**{**vars(world), "lab": lab, "tariq": None})
+    another.conf = make_server(lab, world.server, iptables_chain=name)
+    another.ring = another.conf.parent / ".server-gpg"
+    another.me = second_client(another, "client", ALLOW, user="me@laptop")
+    ports = config_values(another.me, "box")["secret_ports"]
+    another.ports = [int(port) for port in ports.split(",")]
+    return another
+
+def print_row(names, cells):
+    """A table's row: each cell at least as wide as its column's name."""
+    cells = zip(names, cells)
+    print(*(f"{cell:>{max(len(name), 8)}}" for name, cell in cells), flush=True)
+
+def second_design():
+    """The text of the second design's tariq.py, or None where the repository is not there."""
+    words = "git", "-c", f"safe.directory={HERE}", "-C", HERE, "show", f"{SECOND}:tariq.py"
+    done = sh(*words, check=False) if shutil.which("git") else None
+    return done.stdout if done and not done.returncode else None
+
+# == latency: from the command's start to the open port, beside other tools ==
 
 def start_fwknop(world, kind, port):
     """fwknop as its manual sets it up, defaults where there are any (it looks for packets each 0.1 s); kind: gpg or
@@ -4097,14 +4877,37 @@ def start_knockd(world):
     server.popen(*words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     return ["knock", server.ip, "7000", "8000", "9000"], lambda: server.run("iptables", "-F", "KNOCKD")
 
+def knock_tools(world, name):
+    """{name of the tool: (its command, what shuts its door)} of a Tariq, each transport."""
+    def close():  # by a knock: a flush would leave the server with doors it believes open
+        opens(world, "C", "22", transport="kernel")
+    return {f"{name}, {kind}": (knock_words(world, transport=kind), close) for kind in RATIOS}
+
+def measure_tools(world, tools, rounds):
+    """{name: [ms from the command's start to the first TCP connect]}, every tool in each round."""
+    times = {tool: [] for tool in tools}
+    for number in range(rounds + 1):  # the first warms up: gpg-agents start, files are cached
+        for tool, (command, shut) in tools.items():
+            # setpriv's millisecond is in all the figures. Only crafted needs root.
+            user = as_user(0 if "crafted" in tool else NOBODY)
+            took = world.client.inside(probe, world.server.ip, [*user, *map(str, command)])
+            shut()
+            times[tool] += [took] if number else []
+            time.sleep(0.05 + random.random() / 10)  # no tool meets a server's polling in one phase
+    return times
+
 def bench_latency(rounds=20):
     """Time from command start to the first TCP connect, every tool in each round, doors shut in between."""
     with Lab() as lab:
         world = new_world(lab)
         started(world)
-        def close():  # by a knock: a flush of the chain would leave the server with doors it believes open
-            opens(world, "C", "22", transport="kernel")
-        tools = {f"tariq, {kind}": (knock_words(world, transport=kind), close) for kind in RATIOS}
+        worlds, tools = {"tariq": world}, knock_tools(world, "tariq")
+        if old := second_design():
+            worlds["second design"] = server_beside(world, "second", old)
+            started(worlds["second design"])
+            tools |= knock_tools(worlds["second design"], "second design")
+        else:
+            print(f"the second design: left out: no git repository with {SECOND} around this file")
         for tool, program, start, *how in (("fwknop, GPG + HMAC", "fwknopd", start_fwknop, "gpg", 62201),
                                            ("fwknop, Rijndael + HMAC", "fwknopd", start_fwknop, "rijndael", 62202),
                                            ("knockd, no cryptography", "knockd", start_knockd)):
@@ -4113,52 +4916,120 @@ def bench_latency(rounds=20):
             else:
                 print(f"{tool}: not installed")
         time.sleep(1)  # the daemons start
-        times = {tool: [] for tool in tools}
-        for number in range(rounds + 1):  # the first is the warm-up: gpg-agents start, files come into the page cache
-            for tool, (command, shut) in tools.items():
-                # setpriv's millisecond is in all the figures. Only crafted needs root.
-                user = as_user(0 if "crafted" in tool else NOBODY)
-                took = world.client.inside(probe, world.server.ip, [*user, *map(str, command)])
-                shut()
-                times[tool] += [took] if number else []
-                time.sleep(0.05 + random.random() / 10)  # no tool meets its server's polling always in one phase
-        bench_parts(world)
-    base = statistics.median(times.get("fwknop, GPG + HMAC", [float("nan")]))
-    print(f"\nfrom command start to the first TCP connect, {rounds} rounds; beside each command a prober sends SYNs")
-    print(f"{'tool':24} {'median':>9} {'min':>9} {'p90':>9} {'to fwknop GPG':>13} {'wanted':>6}")
-    for tool, took in times.items():
-        p90 = statistics.quantiles(took * 2, n=10, method="inclusive")[8]  # * 2: it needs two at least
-        print(f"{tool:24} {statistics.median(took):6.1f} ms {min(took):6.1f} ms {p90:6.1f} ms "
-              f"{statistics.median(took) / base:13.2f} {RATIOS.get(tool.removeprefix('tariq, '), ''):>6}")
+        times = measure_tools(world, tools, rounds)
+        parts = measure_parts(worlds)
+    show_latencies(times, rounds)
+    print("\nwhat a knock by kernel consists of, medians in ms; each part set in is by itself")
+    print(" " * 36 + "".join(f"{name:>15}" for name in worlds))
+    for part, *figures in parts:
+        print(f"  {part:34}" + "".join(f"{figure:15.1f}" for figure in figures))
 
-def bench_parts(world, rounds=15):
-    """What the time of client and server consists of, each part by itself."""
-    def median(function):
-        times = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - began) * 1e3)
-        return statistics.median(times)
-    def program(*argv, user=0):
-        return median(lambda: world.server.run(*argv, user=user)) - median(lambda: world.server.run("true", user=user))
-    text, peer, ring, python = TARIQ.read_text(), Peer(world).seal(), world.ring, (sys.executable, "-I", "-c")
-    imports = "\n".join(re.findall(r"(?m)^(?:import|from) .*", text))
-    sealed, packet = world.lab.dir / "sealed", tariq.split(packet_of(1000, bytes(900)), None)
+def show_latencies(times, rounds):
+    medians = {tool: statistics.median(took) for tool, took in times.items()}
+    names = "median", "min", "p90", "to fwknop GPG", "wanted", "to the second design"
+    print(f"\nms from command start to the first TCP connect, {rounds} rounds; beside each command "
+          "a prober sends SYNs")
+    print(f"{'tool':24}", end="")
+    print_row(names, names)
+    for tool, took in times.items():
+        name, _, kind = tool.partition(", ")
+        ratios = [f"{medians[tool] / medians[base]:.2f}" if base in medians else ""
+                  for base in ("fwknop, GPG + HMAC", f"second design, {kind}")]
+        figures = [f"{value:.1f}" for value in (medians[tool], min(took), quantile(took, 90))]
+        wanted = RATIOS[kind] if name == "tariq" else ""
+        print(f"{tool:24}", end="")
+        print_row(names, [*figures, ratios[0], wanted, ratios[1] if name == "tariq" else ""])
+
+STEPS = ("client: until its first packet", "server: until its challenge",
+         "client: until its answer", "server: until its result", "client: until its exit")
+
+def measure_parts(worlds, rounds=15):
+    """[(part, median in ms in each of the worlds)]: a knock's steps, by its packets as the client's
+    interface sees them, and what they consist of, each part by itself; all of it in each round."""
+    functions = [knock_parts(world) for world in worlds.values()]
+    times = collections.defaultdict(list)
+    for _ in range(rounds):
+        for place, world in enumerate(worlds.values()):
+            for step, took in zip(STEPS, steps_of_a_knock(world)):
+                times[place, step].append(took)
+                for part, function in functions[place].get(step, {}).items():
+                    times[place, f"    {part}"].append(function())
+    rows = []
+    for step in STEPS:
+        names = [step, *(f"    {part}" for part in functions[0].get(step, {}))]
+        rows += [(name, *(statistics.median(times[place, name]) for place in range(len(worlds))))
+                 for name in names]
+    return rows
+
+def knock_parts(world):
+    """{step: {part of it: what measures that part in ms}}"""
+    peer, host, program = Peer(world).seal(), world.server, world.lab.dir / "tariq.py"
+    sealed, text, png = world.lab.dir / "sealed", program.read_text(), make_png(b"x")
     sealed.write_bytes(peer.sealed)
-    line = ["gpg", "--homedir", peer.home, "-qo", "/dev/null", "--batch", "--yes", "--trust-model", "always"]
-    start = program(*python, "pass", user=NOBODY)
-    for name, took in (
-            ("client: interpreter", start), ("client: imports", program(*python, imports, user=NOBODY) - start),
-            ("client: compile tariq.py", median(lambda: compile(text, "tariq.py", "exec"))),
-            ("client: cover and PNG", median(lambda: tariq.embed(tariq.cover_image(""), b"x" * 100))),
-            ("client: gpg, seal", program(*line, "-r", peer.to, "-u", f"<{peer.user}>", "-se", sealed, user=NOBODY)),
-            ("server: gpg, unseal", median(lambda: gpg(ring, "-o", "/dev/null", "--decrypt", sealed))),
-            ("server: PNG, by Pillow", median(lambda: tariq.extract(make_png(b"x")))),
-            ("server: one reply, by scapy", median(lambda: tariq.respond(packet, bytes(100)))),
-            ("server: firewall, check", program("iptables", "-w", "5", "-C", "INPUT", "-j", "tariq")),
-            ("server: firewall, rule", program(*"iptables -w 5 -A tariq -s 192.0.2.9 -j ACCEPT".split()))):
-        print(f"  {name:28} {took:6.1f} ms")
+    seal = [*"gpg -qo /dev/null --batch --yes --trust-model always --compress-algo none".split(),
+            "--homedir", peer.home, "-R", peer.to, "-u", f"<{peer.user}>", "-se", sealed]
+    iptables, rule = ("iptables", "-w", "5"), "-s 192.0.2.9 -p tcp --dport 22 -j ACCEPT".split()
+    return {
+        STEPS[0]: {
+            "interpreter": lambda: cost_of(host, sys.executable, "-I", "-c", "pass"),
+            "imports": lambda: import_time(world),
+            "compiling tariq.py": lambda: milliseconds(compile, text, "tariq.py", "exec"),
+            "gpg, seal": lambda: cost_of(host, *seal)},
+        STEPS[1]: {
+            "gpg, unseal": lambda: unseal_cost(world, sealed),
+            "PNG, by Pillow": lambda: milliseconds(read_png, png),
+            "a reply, by scapy": lambda: milliseconds(scapy_reply)},
+        STEPS[3]: {
+            "iptables, a look": lambda: cost_of(host, *iptables, "-S", "INPUT", user=0),
+            "iptables, a rule": lambda: cost_of(host, *iptables, "-A", "tariq", *rule, user=0)}}
+
+def steps_of_a_knock(world):
+    """ms from the client's start to its first fragment, to the challenge, to its answer, to the
+    result, to its exit: what it says by then is on its way to the user."""
+    command = world.client.command(knock_words(world, transport="kernel"), NOBODY)
+    with captured(world.client) as packets:
+        began = time.time()
+        done = sh(*command)
+        ended = time.time()
+    opens(world, "C", "22", transport="kernel")
+    assert done.stdout.startswith("opened")
+    times, outgoing = [began], True
+    for packet in packets:  # the first of each kind; fragments go out together
+        ports = packet.source, packet.port
+        if packet.payload and packet.outgoing == outgoing and {*ports} & {*world.ports} \
+                and (len(times) == 1 or world.ports[-1] in ports):
+            if len(times) == 3 and packet.flags & 2:
+                continue  # a repeat of the knock is no answer
+            times.append(packet.time)
+            outgoing = not outgoing
+    assert len(times) >= 5, "a packet of the exchange was not captured"
+    times = [*times[:5], ended]
+    return [(then - now) * 1e3 for now, then in zip(times, times[1:])]
+
+def import_time(world):
+    """ms of a knock's imports, by -X importtime: all behind `site`, the interpreter's own."""
+    program, *words = knock_words(world, "C", "22", transport="kernel")
+    command = sys.executable, "-I", "-X", "importtime", program, *words
+    said = world.client.run(*command, user=NOBODY).stderr
+    rows = re.findall(r"(?m)^import time: +(\d+) \|.*\| +(\S+)$", said)
+    own = [name for _, name in rows].index("site")
+    return sum(int(microseconds) for microseconds, _ in rows[own + 1:]) / 1e3
+
+def unseal_cost(world, sealed):
+    """ms that the server's gpg takes for a message, as its owner."""
+    key = config_values(world.conf, "server")["server_key"]
+    owner = os.stat(world.ring).st_uid
+    words = "gpg --batch --no-tty --quiet --no-options --no-auto-check-trustdb --trust-model always"
+    return cost_of(world.server, *words.split(), "--homedir", world.ring, "-o", "/dev/null",
+                   "--yes", "--try-secret-key", key, "--decrypt", sealed, user=owner)
+
+def read_png(png):
+    from PIL import Image
+    return Image.open(io.BytesIO(png)).tobytes()
+
+def scapy_reply():
+    from scapy.layers.inet import IP, TCP
+    return bytes(IP(src="192.0.2.1", dst="192.0.2.2") / TCP(flags="SA") / bytes(100))
 
 def probe(address, command):
     """In the client's namespace: ms from a command's start to the first connect, started here, so that `ip netns exec`
@@ -4180,10 +5051,305 @@ def probe(address, command):
     assert opened and process.returncode == 0, f"{command}: exit {process.returncode}, {took:.0f} ms: {said}"
     return took
 
+# == clients: a knock beside so many others who are enrolled ==
+
+def bench_clients(*counts, rounds=20):
+    """A knock's time where so many clients are enrolled: a server each, on one host, each in each
+    round. The client that knocks is the last in the keyring: gpg finds it last."""
+    if not importlib.util.find_spec("cryptography"):
+        sys.exit("makes the clients' keys with cryptography: apt-get install python3-cryptography")
+    counts = counts or (1, 100, 1_000, 10_000)
+    with Lab() as lab:
+        world = new_world(lab)
+        print(f"making {max(counts) - 1} keys", flush=True)
+        keys = forged_keys(lab, max(counts) - 1)
+        worlds = {count: server_beside(world, f"clients-{count}") for count in counts}
+        for count, crowded in worlds.items():
+            crowd(crowded, keys[:count - 1])
+            started(crowded)
+        tools = {count: knock_tools(crowded, "")[", kernel"] for count, crowded in worlds.items()}
+        times = measure_tools(world, {str(count): tool for count, tool in tools.items()}, rounds)
+        names = ("clients", "median", "min", "p90", "to the first", "gpg, unseal", "after an edit",
+                 "enrol one", "start", "monitor, MB")
+        print(f"\n{rounds} rounds, by kernel; ms from command start to the first TCP connect")
+        print_row(names, names)
+        base = statistics.median(times[str(counts[0])])
+        for count, crowded in worlds.items():
+            took = times[str(count)]
+            median, memory = statistics.median(took), rss(crowded.tariq.process.pid)
+            figures = (median, min(took), quantile(took, 90), crowded_unseal(crowded),
+                       after_an_edit(crowded), enrolling(crowded), restart(crowded), memory)
+            cells = [f"{figure:.1f}" for figure in figures]
+            print_row(names, [count, *cells[:3], f"{median / base:.2f}", *cells[3:]])
+        print("to the first: 1.3 at most is wanted; gpg, unseal: the server's gpg, by itself;\n"
+              "after an edit: by how much the first knock is longer, as the policy is read anew;\n"
+              "enrol one: `enroll` of a new key; start: from the server's start to its listening")
+
+def crowded_unseal(world, rounds=15):
+    """The median of gpg's time for a knock in ms."""
+    sealed = world.lab.dir / "sealed"
+    sealed.write_bytes(Peer(world).seal().sealed)
+    return statistics.median(unseal_cost(world, sealed) for _ in range(rounds))
+
+def after_an_edit(world, rounds=5):
+    """By how many ms a knock is longer that is the first after an edit of the config."""
+    took = [], []
+    for number in range(2 * rounds):
+        if number % 2:
+            edit(world.conf, ("[server]", f"# edit {number}\n[server]"))
+        took[number % 2].append(milliseconds(lambda: opens(world, "O", "22", transport="kernel")))
+    return statistics.median(took[1]) - statistics.median(took[0])
+
+def enrolling(world, rounds=3):
+    """The median time of `enroll` in ms."""
+    keys = [public_key(f"late{number}@example.com")[1] for number in range(rounds)]
+    took = [milliseconds(lambda key=key: world.lab.tariq(world.server, "enroll", "-c", world.conf,
+                                                         input=key, text=False)) for key in keys]
+    return statistics.median(took)
+
+def restart(world):
+    """ms from a server's start to its listening."""
+    world.tariq.stop()
+    return milliseconds(started, world)
+
+def crowd(world, keys):
+    """Put more clients, (fingerprint, keybox blob) each, into a server's keyring and config: in the
+    keyring between the server's key, which init made first, and the client that knocks."""
+    keybox = world.ring / "pubring.kbx"
+    head, own, *clients = blobs_of(keybox.read_bytes())
+    keybox.write_bytes(b"".join([head, own, *(blob for _, blob in keys), *clients]))
+    with open(world.conf, "a") as config:
+        for number, (key, _) in enumerate(keys):
+            config.write(f"\n[allow client{number}@example.com]\nkey = {key}\n"
+                         "may =\n    O 22/tcp\n    C 22/tcp\n")
+    listing = gpg(world.ring, "--with-colons", "--list-keys").stdout
+    assert len(re.findall("(?m)^pub:", listing)) == len(keys) + 2  # the server's, the client's
+
+def blobs_of(keybox):
+    """The blobs of a keybox file (GnuPG kbx/keybox-blob.c): a header, then one a key. Each begins
+    with its length."""
+    blobs = []
+    while keybox:
+        size = int.from_bytes(keybox[:4], "big")
+        blobs.append(keybox[:size])
+        keybox = keybox[size:]
+    return blobs
+
+IMPORT_AT_ONCE = 100  # keys: for each that it imports, gpg copies the keyring first
+
+def forged_keys(lab, count):
+    """[(fingerprint, the keybox blob that gpg itself made of it)] of so many clients' keys."""
+    made = [public_key(f"client{number}@example.com") for number in range(count)]
+    def imported(start):
+        home = lab.new("import")
+        home.mkdir(mode=0o700)
+        keys = b"".join(key for _, key in made[start:start + IMPORT_AT_ONCE])
+        gpg(home, "--no-autostart", "--no-auto-check-trustdb", "--import", input=keys, text=False)
+        return blobs_of((home / "pubring.kbx").read_bytes())[1:]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blobs = [*itertools.chain(*pool.map(imported, range(0, count, IMPORT_AT_ONCE)))]
+    assert len(blobs) == count
+    return [(key, blob) for (key, _), blob in zip(made, blobs)]
+
+def public_key(user):
+    """A transferable public key (RFC 4880, 6637; the curves as GnuPG writes them): Ed25519 to sign,
+    Curve25519 to encrypt, one user id, both signatures right -> (fingerprint, bytes). gpg itself
+    would take 100 times as long to make one."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+    def number(value):  # a multiprecision integer
+        value = value.lstrip(b"\0")
+        return struct.pack(">H", len(value) * 8 - 8 + value[0].bit_length()) + value
+    def packet(tag, body):
+        size = len(body)  # up to 8383 bytes
+        length = bytes([size]) if size < 192 else struct.pack(">H", size - 192 + (192 << 8))
+        return bytes([0xC0 | tag]) + length + body
+    def sub(kind, value):
+        return bytes([len(value) + 1, kind]) + value
+    def to_hash(body):
+        return b"\x99" + struct.pack(">H", len(body)) + body
+    def signature(kind, flags, signed, more=b""):
+        hashed = sub(2, made) + sub(33, b"\4" + key) + sub(27, flags) + more
+        head = bytes([4, kind, 22, 8]) + struct.pack(">H", len(hashed)) + hashed  # EdDSA, SHA-256
+        digest = hashlib.sha256(signed + head + b"\4\xff" + struct.pack(">I", len(head))).digest()
+        r_and_s, issuer = private.sign(digest), sub(16, key[-8:])
+        return packet(2, head + struct.pack(">H", len(issuer)) + issuer + digest[:2]
+                      + number(r_and_s[:32]) + number(r_and_s[32:]))
+    private, made = Ed25519PrivateKey.generate(), struct.pack(">I", int(time.time()) - 60)
+    point = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    # Version 4; algorithm and the curve's object identifier; a point, compressed.
+    own = b"\4" + made + bytes.fromhex("16092b06010401da470f01") + number(b"\x40" + point)
+    other = (b"\4" + made + bytes.fromhex("120a2b060104019755010501")
+             + number(b"\x40" + os.urandom(32)) + b"\3\1\x08\7")  # any 32 bytes; how to derive keys
+    key, name = hashlib.sha1(to_hash(own)).digest(), user.encode()
+    preferred = sub(11, b"\x09\x08\x07") + sub(21, b"\x0a\x09\x08") + sub(30, b"\1")
+    certified = to_hash(own) + b"\xb4" + struct.pack(">I", len(name)) + name
+    return key.hex().upper(), b"".join((
+        packet(6, own), packet(13, name), signature(0x13, b"\3", certified, preferred),
+        packet(14, other), signature(0x18, b"\x0c", to_hash(own) + to_hash(other))))
+
+# == load: knocks that are sealed beforehand, as many as the server finishes ==
+
+ADDRESSES = [f"198.51.100.{number}" for number in range(40, 240)]  # from which they come
+PORTS = 22, 53, 8022, 9022  # doors an address may have: each knock is to open one of its own
+UNDER_WAY = 12  # knocks at once: the server takes up to 16 unanswered ones of an address
+REPEAT = 1.0  # seconds after which a knock is sent again
+
+class Prepared(Peer):
+    """A knock that is sealed beforehand, from one of the client's addresses, whose socket waits
+    for nothing."""
+
+    def __init__(self, world, conf, address, port):
+        super().__init__(world, "O", f"{port}/tcp", conf=conf)
+        self.socket.bind((address, 0))
+        self.socket.setblocking(False)
+        self.began = self.sent = self.ended = None
+        self.result, self.repeats = None, -1
+
+    def begin(self, now):
+        self.began, self.sent, self.repeats = self.began or now, now, self.repeats + 1
+        self.send(self.frames())
+
+    def go_on(self):
+        """Take what has come."""
+        with suppress(BlockingIOError):
+            payload = self.socket.recv(2048)
+            result = open_frame(self.reply_key, b"result", payload)
+            challenge = open_frame(self.reply_key, b"challenge", payload)
+            if challenge:
+                self.answer(challenge[:32])
+            elif result and not self.ended:
+                self.result, self.ended = result, time.monotonic()
+
+def prepare(world, clients, count):
+    """So many knocks, sealed, of all the clients in turn, each for a door of its own."""
+    doors = itertools.islice(itertools.product(PORTS, ADDRESSES), count)
+    knocks = [Prepared(world, conf, address, port)
+              for conf, (port, address) in zip(itertools.cycle(clients), doors)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [*pool.map(Prepared.seal, knocks)]
+
+def knocks_world(lab, clients=8):
+    """A world whose client host has many addresses, with so many enrolled clients -> (world, their
+    configs)."""
+    world = new_world(lab)
+    for address in ADDRESSES:
+        world.client.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
+    allow = "O " + " ".join(map(str, PORTS)),
+    return world, [second_client(world, f"client{number}", allow) for number in range(clients)]
+
+def send_knocks(knocks, rate=None, patience=10.0, repeats=True):
+    """Send knocks, at a rate or as they are finished, UNDER_WAY at once; returns when all are, or
+    after patience seconds without a result."""
+    waiting, under_way, poll = collections.deque(knocks), {}, select.poll()
+    began = last = time.monotonic()
+    while (waiting or under_way) and (now := time.monotonic()) - last < patience:
+        if rate:
+            due = int((now - began) * rate) + 1 - (len(knocks) - len(waiting))
+        else:
+            due = UNDER_WAY - len(under_way)
+        for _ in range(min(due, len(waiting))):
+            knock = waiting.popleft()
+            under_way[knock.socket.fileno()] = knock
+            poll.register(knock.socket, select.POLLIN)
+            knock.begin(now)
+            last = now
+        for number, _ in poll.poll(2 if rate else 100):  # ms
+            knock = under_way[number]
+            knock.go_on()
+            if knock.ended:
+                last = knock.ended
+                poll.unregister(number)
+                del under_way[number]
+        for knock in under_way.values():
+            if repeats and now - knock.sent > REPEAT:
+                knock.begin(now)
+
+def agent_of(ring):
+    """The pid of a keyring's gpg-agent."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            words = proc(pid, "cmdline").split("\0")
+            if words[0].endswith("gpg-agent") and str(ring) in words:
+                return int(pid)
+    raise ProcessLookupError(f"no gpg-agent of {ring}")
+
+def cpu_seconds(world):
+    """Seconds of CPU since the start of each: the server's parts, this process; and what the
+    machine had left."""
+    def spent(pid):  # its own, and that of its children that have ended
+        ticks = [*map(int, proc(pid, "stat").rpartition(")")[2].split()[11:15])]
+        return sum(ticks[:2]) / CLOCK_TICKS, sum(ticks[2:]) / CLOCK_TICKS
+    monitor, firewall = spent(world.tariq.process.pid)
+    listener, unseal = spent(world.tariq.listener)
+    agent, _ = spent(agent_of(world.ring))
+    all_of_it = [*map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])]
+    return collections.Counter({
+        "gpg": unseal, "gpg-agent": agent, "listener": listener, "monitor": monitor,
+        "firewall": firewall, "sender": time.process_time(),
+        "left": (all_of_it[3] + all_of_it[4]) / CLOCK_TICKS,  # idle, and waiting for a disk
+        "machine": sum(all_of_it) / CLOCK_TICKS, "time": time.monotonic()})
+
+def bench_load(count=800, clients=8):
+    """Authentic knocks a second that the server alone finishes: clients' gpg ran beforehand."""
+    with Lab() as lab:
+        world, configs = knocks_world(lab, clients)
+        started(world)
+        Prepared(world, configs[0], world.client.ip, PORTS[0]).knock()  # the warm-up
+        knocks = prepare(world, configs, count)
+        pids = world.tariq.listener, world.tariq.process.pid
+        before, memory = cpu_seconds(world), [rss(pid) for pid in pids]
+        send_knocks(knocks)
+        spent = cpu_seconds(world)
+        spent.subtract(before)
+        after = [rss(pid) for pid in pids]
+    print(f"\n{count} knocks of {clients} clients, sealed beforehand, each for a door of its own, "
+          f"{UNDER_WAY} at once")
+    done = show_load(knocks)
+    show_cpu(spent, done)
+    print("  memory, MB: " + ", ".join(
+        f"{name} {start:.1f} -> {end:.1f}"
+        for name, start, end in zip(("listener", "monitor"), memory, after)))
+
+def show_load(knocks):
+    """Print how many were finished, and how fast; returns how many."""
+    done = [knock for knock in knocks if knock.ended]
+    refused = sum(not knock.result[0] for knock in done)
+    took = [(knock.ended - knock.began) * 1e3 for knock in done] or [0]
+    first = knocks[0].began
+    lasted = max((knock.ended - first for knock in done), default=1)
+    print(f"{len(done)} finished in {lasted:.1f} s: {len(done) / lasted:.1f} a second (wanted: 40);"
+          f" {refused} refused; {sum(knock.repeats for knock in knocks)} sent again")
+    print(f"  a knock: {statistics.median(took):.0f} ms (median), {max(took):.0f} ms (longest)")
+    fifths = collections.Counter(int((knock.ended - first) * 5 / lasted) for knock in done)
+    rates = [f"{fifths[part] * 5 / lasted:.1f}" for part in range(5)]  # the last one falls out
+    print(f"  a second, in each fifth of the time: {', '.join(rates)}")
+    return max(1, len(done))
+
+def show_cpu(spent, done):
+    """Print the CPU of each part of the server, per knock, and what that limits it to."""
+    parts = "gpg", "gpg-agent", "listener", "monitor", "firewall"
+    total, cores = sum(spent[part] for part in parts), os.cpu_count()
+    print(f"  {'':10} {'ms of CPU a knock':>18} {'of a core':>10}")
+    for part in (*parts, "sender"):
+        print(f"  {part:10} {spent[part] / done * 1e3:18.2f} {spent[part] / spent['time']:10.1%}")
+    others = spent["machine"] - spent["left"] - total - spent["sender"]
+    print(f"  of the machine's time {spent['left'] / spent['machine']:.0%} was left, and "
+          f"{others / spent['machine']:.0%} went to the kernel, for packets, and other programs")
+    limits = {f"{cores} cores": total / cores, "the listener, a core": spent["listener"],
+              "monitor and firewall, in turn": spent["monitor"] + spent["firewall"]}
+    for name, seconds in limits.items():
+        if seconds:
+            print(f"  by the CPU of {name}: {done / seconds:.0f} a second at most")
+
+# == flood: knocks while garbage comes in at the right ports ==
+
 GARBAGE = 900  # bytes of payload, as a real fragment has
 POOL = 4096  # different frames, made beforehand: making them costs more than sending them
 FLOOD_LONGEST = 240  # seconds; a sender ends by itself even when nobody stops it
 BATCH = 0.001  # seconds between bursts: a sleep for each packet would cost more than the packet
+OFFERED, OFFERED_FOR = 30, 3  # authentic knocks a second, as OpenSPA's author has them; seconds
+IN_TIME = 1.0  # seconds in which one of them has to be answered
 
 def garbage_syn(link, source, destination, port, size=GARBAGE):
     """A SYN with random payload and right checksums: a wrong one would spare the server work."""
@@ -4223,64 +5389,276 @@ def part_flood(link, source, destination, ports, rate):
             place, due = (place + done) % POOL, due - done
         time.sleep(max(0, began + now + BATCH - time.monotonic()))
 
+@contextmanager
+def flood(world, source, rate):
+    """Garbage from the other host meanwhile. Yields a Counter, which has afterwards: packets by the
+    interfaces, seconds, CPU."""
+    server, attacker = world.server, world.other
+    ports = ",".join(map(str, world.ports))
+    words = link_header(attacker, server).hex(), source, server.ip, ports, rate
+    sender = attacker.popen(sys.executable, HERE / "test_tariq.py", "flood-sender", *words,
+                            stdin=PIPE, stdout=PIPE)
+    sender.stdout.readline()  # its frames are made
+    def counters():
+        sent, got = (link_state(host)["stats64"] for host in (attacker, server))
+        return collections.Counter(sent=sent["tx"]["packets"], got=got["rx"]["packets"],
+                                   **cpu_seconds(world))
+    before, counted = counters(), collections.Counter()
+    try:
+        yield counted
+        counted.update(counters())
+        counted.subtract(before)
+        if sender.poll() is not None:
+            print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: "
+                  "the next row is too good")
+    finally:
+        sender.communicate()
+
 def knock_once(world):
     """A door that is shut, opened and gone through -> the time of the opening in ms, or None where it failed."""
+    def is_open():
+        return any(f"-s {world.client.ip}/32" in rule for rule in world.server.rules())
     for _ in range(3):
-        if world.server.rules():
+        if is_open():
             knock(world, "C", "22", transport="kernel")
-    began, shut = time.perf_counter(), not world.server.rules()
+    began, shut = time.perf_counter(), not is_open()
     done = knock(world, transport="kernel")
     took = (time.perf_counter() - began) * 1e3
     return took if shut and done.returncode == 0 and world.client.connects(world.server.ip, timeout=3) else None
 
-def flooded(world, source, rate, knocks):
-    """Knocks during a flood -> ([ms or None], what was counted meanwhile: packets by the interfaces, seconds)."""
-    server, attacker = world.server, world.other
-    words = link_header(attacker, server).hex(), source, server.ip, ",".join(map(str, world.ports)), rate
-    sender = attacker.popen(sys.executable, HERE / "test_tariq.py", "flood-sender", *words, stdin=PIPE, stdout=PIPE)
-    sender.stdout.readline()  # its frames are made
-    def counters():  # seconds of CPU: gpg and iptables are processes of their own and do not count
-        sent, got = link_state(attacker)["stats64"]["tx"]["packets"], link_state(server)["stats64"]["rx"]["packets"]
-        ticks = map(int, proc(world.tariq.listener, "stat").rpartition(")")[2].split()[11:13])
-        return collections.Counter(sent=sent, got=got, cpu=sum(ticks) / os.sysconf("SC_CLK_TCK"), time=time.monotonic())
-    before = counters()
-    times = [knock_once(world) for _ in range(knocks)]
-    counted = counters() - before
-    if sender.poll() is not None:
-        print(f"the flood ended before the knocks, by a fault or after {FLOOD_LONGEST} s: the next row is too good")
-    sender.communicate()
-    return times, counted
+FLOOD_COLUMNS = ("asked/s", "sent/s", "got/s", f"of {OFFERED}", "median", "longest", "CPU", "left",
+                 "opened", "median", "longest", "CPU", "listener", "monitor")
 
 def bench_flood(*rates, knocks=20):
-    """Knocks of an ordinary user while garbage comes in at each rate, half from one address, half from many."""
+    """Authentic knocks while garbage comes in at each rate, half of the time from one address, half
+    from many: OFFERED a second, sealed beforehand and sent once, then a few of an ordinary user,
+    whose client repeats what is lost."""
+    with Lab() as lab:
+        world, configs = knocks_world(lab, 4)
+        started(world)
+        knock_once(world)  # the warm-up
+        print(f"\nof {OFFERED}: knocks offered each second, for {OFFERED_FOR} s with garbage from "
+              f"one\naddress and as long from {POOL}, sealed beforehand, sent once: those that had "
+              f"their\nresult within {IN_TIME:.0f} s; opened: by an ordinary client, of {knocks}; "
+              "times in ms;\nCPU: the listener's, of a core; left: of the machine, which sends the "
+              "garbage, too;\nmemory in MB")
+        print_row(FLOOD_COLUMNS, FLOOD_COLUMNS)
+        for rate in rates or (0, 1_000, 2_000, 100_000, 200_000, 300_000):
+            print_row(FLOOD_COLUMNS, flood_row(world, configs, rate, knocks))
+
+def flood_row(world, configs, rate, knocks):
+    """One rate's cells."""
+    offered, opened, memory = [], [], []
+    alone, beside = collections.Counter(), collections.Counter()
+    for source in world.other.ip, "many":
+        world.tariq.stop()  # a server that has no door open yet: else each knock closes one first
+        started(world)
+        prepared = prepare(world, configs, OFFERED * OFFERED_FOR)
+        with flood(world, source, rate) as counted:
+            send_knocks(prepared, OFFERED, patience=2 * IN_TIME, repeats=False)
+        offered, alone = offered + prepared, alone + counted
+        with flood(world, source, rate) as counted:
+            opened += [knock_once(world) for _ in range(knocks // 2)]
+        beside += counted
+        memory.append([rss(pid) for pid in (world.tariq.listener, world.tariq.process.pid)])
+    times = [(knock.ended - knock.began) * 1e3 for knock in offered if knock.ended]
+    answered = sum(took <= IN_TIME * 1e3 for took in times) * OFFERED / len(offered)
+    took = [took for took in opened if took]
+    def longest(times):
+        return [f"{statistics.median(times):.0f}", f"{max(times):.0f}"] if times else ["-", "-"]
+    return [rate, *(f"{alone[name] / alone['time']:.0f}" for name in ("sent", "got")),
+            f"{answered:.1f}", *longest(times), f"{alone['listener'] / alone['time']:.0%}",
+            f"{alone['left'] / alone['machine']:.0%}", f"{len(took)}/{len(opened)}", *longest(took),
+            f"{beside['listener'] / beside['time']:.0%}",
+            *(f"{most:.1f}" for most in map(max, zip(*memory)))]
+
+# == timing: what a stranger can measure, with and without a Tariq that runs ==
+
+BLOCKS = 25  # times that the server is started and stopped: what drifts meanwhile is in both alike
+PUBLIC = 443  # a port that everybody may reach
+ANSWERER = f"""
+import socket
+with socket.create_server(("", {PUBLIC}), backlog=64) as listening:
+    while True:
+        listening.accept()[0].close()
+"""
+
+def bench_timing(samples=5_000):
+    """Round trips that a stranger measures at a host that answers ping and has a public port, while
+    a server runs there and while none does, in turn; and how many answers closed ports give. The
+    stranger has a core of his own: else a listener that wakes up would take his time, as none does
+    on a machine of its own."""
     with Lab() as lab:
         world = new_world(lab)
-        pids = started(world).listener, world.tariq.process.pid
-        knock_once(world)  # the warm-up
-        print(f"\n{knocks} knocks a row; opened: with garbage from one address + from {POOL}; time: start to exit;")
-        print("CPU of the listener in % of one core; resident memory in MB before and after")
-        print(f"{'wanted/s':>8} {'sent/s':>8} {'got/s':>8} {'opened':>14} {'median':>8} {'max':>8} {'CPU':>6} "
-              f"{'listener, MB':>14} {'monitor, MB':>14}", flush=True)
-        for rate in rates or (1_000, 10_000, 50_000, 100_000):
-            before = [rss(pid) for pid in pids]
-            (one, counted), (many, more) = (flooded(world, source, rate, knocks // 2)
-                                            for source in (world.other.ip, "many"))
-            memory, total = [f"{start:.1f} -> {rss(pid):.1f}" for start, pid in zip(before, pids)], counted + more
-            sent, got, cpu = (total[name] / total["time"] for name in ("sent", "got", "cpu"))
-            times = [took for took in one + many if took] or [float("nan")]
-            opened = " + ".join(f"{len(half) - half.count(None)}/{len(half)}" for half in (one, many))
-            print(f"{rate:8} {sent:8.0f} {got:8.0f} {opened:>14} {statistics.median(times):5.0f} ms "
-                  f"{max(times):5.0f} ms {cpu:6.1%} {memory[0]:>14} {memory[1]:>14}", flush=True)
+        server, stranger = world.server, world.other
+        for match in f"tcp --dport {PUBLIC}", "icmp --icmp-type echo-request":
+            server.run("iptables", "-A", "INPUT", "-p", *match.split(), "-j", "ACCEPT")
+        core, *_, servers_core = sorted(os.sched_getaffinity(0)) * 2
+        pin(server.popen(sys.executable, "-I", "-c", ANSWERER).pid, servers_core)
+        wait_for(lambda: server.run("ss", "-Hltn", f"sport = :{PUBLIC}").stdout, "no public port")
+        link = link_header(stranger, server)
+        other = next(port for port in range(20_000, 30_000) if port not in world.ports)
+        ports = world.ports[0], other
+        garbage = [[garbage_syn(link, stranger.ip, server.ip, port) for _ in range(256)]
+                   for port in ports]
+        measured = {running: [[] for _ in range(4)] for running in (True, False)}
+        answers, block = collections.Counter(), -(-samples // BLOCKS)
+        for number in range(2 * BLOCKS):
+            running = number % 4 in (0, 3)  # with, without, without, with: each is first as often
+            if running:
+                for pid in started(world).listener, world.tariq.process.pid:
+                    pin(pid, servers_core)
+            time.sleep(0.3)  # what starts and stops is done
+            stranger.inside(round_trips, server.ip, garbage, 20, core)  # a warm-up
+            took = stranger.inside(round_trips, server.ip, garbage, block, core)
+            for blocks, times in zip(measured[running], took):
+                blocks.append(times)
+            answers[running] += silence(world, ports, link, block)
+            if running:
+                assert world.tariq.stop() == 0
+    count = block * BLOCKS
+    print(f"\n{count} samples each, in {BLOCKS} blocks with a server and as many without; "
+          "medians in µs")
+    print(f"{'a stranger measures':38}", end="")
+    print_row(KS_COLUMNS, KS_COLUMNS)
+    for place, name in enumerate(("ping", f"connect to port {PUBLIC}",
+                                  "ping behind garbage at a knock's port",
+                                  "ping behind garbage at another port")):
+        show_ks(name, measured[True][place], measured[False][place])
+    show_ks("garbage: a knock's port, another one", measured[True][2], measured[True][3])
+    print("KS: the two-sample Kolmogorov-Smirnov statistic, critical at 1 % "
+          f"{critical(count, count):.4f}.\nIn the last two columns, of every other block of one, "
+          f"{critical(count // 2, count // 2):.4f}:\nthey say how far this machine differs by "
+          "itself. In the last row, without is the other port,\nwhile the server runs.")
+    print(f"answers to {4 * count} packets at ports without a service, UDP and TCP, a knock's and "
+          f"others: {answers[True]} with, {answers[False]} without")
+
+def pin(pid, core):
+    """Let all threads of a process run on one core only."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+def round_trips(address, garbage, count, core):
+    """In the stranger's namespace: µs of a ping, of a connect, of a ping right behind each kind of
+    garbage."""
+    os.sched_setaffinity(0, {core})  # of this thread
+    times = [[] for _ in range(4)]
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp, \
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as wire:
+        icmp.connect((address, 0))
+        icmp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
+        wire.bind(("eth0", 0))
+        for number in range(count):
+            times[0].append(ping(icmp, number))
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                began = time.perf_counter_ns()
+                sock.connect((address, PUBLIC))
+                times[1].append((time.perf_counter_ns() - began) / 1e3)
+            for place in (2, 3) if number % 2 else (3, 2):
+                frame = garbage[place - 2][number % len(garbage[0])]
+                times[place].append(ping(icmp, number, lambda frame=frame: wire.send(frame)))
+    return times
+
+def ping(icmp, number, before=None):
+    """µs from an echo request, and what is sent before it, to its reply."""
+    ident, number = 0x5441, number & 0x7FFF  # so small that the checksum's sum has no carry
+    request = struct.pack(">4H", 0x0800, 0xFFFF - (0x0800 + ident + number), ident, number)
+    began = time.perf_counter_ns()
+    if before:
+        before()
+    icmp.send(request)
+    while (reply := icmp.recv(256)[20:])[:1] != b"\0" or reply[4:8] != request[4:8]:
+        pass  # another's
+    return (time.perf_counter_ns() - began) / 1e3
+
+def silence(world, ports, link, count):
+    """How many packets the server sends when so many SYNs and datagrams come to each port."""
+    from scapy.layers.inet import IP, UDP as Datagram
+    frames = []
+    for port in ports:
+        ip = IP(src=world.other.ip, dst=world.server.ip)
+        datagram = ip / Datagram(sport=4000, dport=port) / os.urandom(GARBAGE)
+        syn = garbage_syn(link, world.other.ip, world.server.ip, port)
+        frames += [syn, link + bytes(datagram)]
+    with captured(world.server, outgoing=True) as sent:
+        inject(world.other, frames, count)
+    return sum(packet.frame[12:14] == b"\x08\0" for packet in sent)  # IPv4: not ARP's
+
+def ks_statistic(one, other):
+    """Kolmogorov's and Smirnov's: the largest distance of two empirical distributions."""
+    one, other = sorted(one), sorted(other)
+    def share(samples, value):
+        return bisect.bisect_right(samples, value) / len(samples)
+    return max(abs(share(one, value) - share(other, value)) for value in (*one, *other))
+
+def critical(one, other):
+    """What the statistic exceeds once in 100 times by chance, of so many independent samples."""
+    return math.sqrt(-math.log(0.01 / 2) / 2) * math.sqrt((one + other) / (one * other))
+
+KS_COLUMNS = "with", "without", "KS", "with/with", "without/without"
+
+def show_ks(name, one, other):
+    """A row: medians and statistic of two kinds of blocks, and the statistic within each kind."""
+    def flat(blocks):
+        return [*itertools.chain(*blocks)]
+    within = [ks_statistic(flat(blocks[::2]), flat(blocks[1::2])) for blocks in (one, other)]
+    medians = [f"{statistics.median(flat(blocks)):.1f}" for blocks in (one, other)]
+    statistic = ks_statistic(flat(one), flat(other))
+    print(f"{name:38}", end="")
+    print_row(KS_COLUMNS, [*medians, *(f"{value:.4f}" for value in (statistic, *within))])
+
+# == observer: what somebody on the path sees of a knock ==
+
+def bench_observer(knocks=10):
+    """The packets of a knock as they pass the client's interface, by each transport and family."""
+    with Lab() as lab:
+        world = new_world(lab)
+        started(world)
+        for transport, where in itertools.product(RATIOS, ("box", "box6")):
+            recorded = []
+            for _ in range(knocks):
+                with captured(world.client) as packets:
+                    opens(world, "O", "22", transport=transport, where=where)
+                ports = {*world.ports}
+                recorded.append([packet for packet in packets
+                                 if ports & {packet.source, packet.port}])
+            family = "IPv6" if where == "box6" else "IPv4"
+            show_observed(world, f"{transport}, {family}", recorded)
+
+def show_observed(world, title, recorded):
+    """Print the first of some knocks packet by packet, and what differs among them."""
+    def show(packet):
+        flags = "".join(name for bit, name in enumerate("FSRPAU") if packet.flags >> bit & 1)
+        port = world.ports.index(packet.port if packet.outgoing else packet.source) + 1
+        way = "->" if packet.outgoing else "<-"
+        return (f"{way} port {port} {flags or 'UDP':3} {len(packet.frame) - 14:5} "
+                f"{len(packet.payload):5}")
+    first = recorded[0]
+    print(f"\n{title}: {len(first)} packets\n     ms  way         IP bytes, of payload")
+    for packet in first:
+        print(f"{(packet.time - first[0].time) * 1e3:7.2f}  {show(packet)}")
+    shapes = collections.Counter(tuple(map(show, packets)) for packets in recorded)
+    payloads = {len(packet.payload) for packets in recorded for packet in packets} - {0}
+    lasted = [(packets[-1].time - packets[0].time) * 1e3 for packets in recorded]
+    sizes = ", ".join(map(str, sorted(payloads)))
+    print(f"  of {len(recorded)} knocks {shapes.most_common(1)[0][1]} looked like the commonest; "
+          f"payloads of {sizes} bytes;\n  from the first packet to the last {min(lasted):.0f} to "
+          f"{max(lasted):.0f} ms")
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 def main():
     name, *arguments = sys.argv[1:] or ["test"]
-    benches = {"latency": bench_latency, "flood": bench_flood}
+    benches = {"latency": bench_latency, "clients": bench_clients, "load": bench_load,
+               "flood": bench_flood, "timing": bench_timing, "observer": bench_observer}
     if name == "flood-sender":
         return part_flood(*arguments)
     if name == "demo":
         return demo()
+    if name == "machine":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing behind
+        return machine()
     if name == "bench":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` too shall leave no namespace behind
         if arguments and arguments[0] in benches:
