@@ -3299,6 +3299,17 @@ def test_a_container_without_ipv6_opens_ipv4(container):
         opens(world)
         assert world.client.connects(world.server.ip)
 
+@pytest.mark.parametrize("capability", ["net_raw", "net_admin", "setpcap", "setuid", "setgid"])
+def test_a_server_that_lacks_a_capability_names_it(idle, capability):
+    """As in containers that have some of root's; Docker's have no net_admin."""
+    prefix = "setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}"
+    server = Server(idle.lab, idle.server, idle.conf, prefix=prefix)
+    try:
+        assert server.process.wait(15) == SYSTEM
+    finally:
+        server.kill()
+    assert f"CAP_{capability.upper()}" in server.log
+
 # 7. No IPv6 in the kernel, or ip6tables that fails
 
 def programs_but(lab, name):
@@ -3510,6 +3521,10 @@ def test_a_command_that_would_open_more_than_it_should_is_refused_with_words(idl
     command = "nft add element inet tariq doors {ip}/24 {dport}"
     log = refused_start(idle, open_command=command, close_command="true {ip} {dport}")
     assert "open_command" in log and "{net}" in log
+
+def test_commands_that_open_a_network_and_close_an_address_are_refused(idle):
+    log = refused_start(idle, open_command="true {net} {dport}", close_command="true {ip} {dport}")
+    assert "close_command" in log and "{net}" in log
 
 # 10. Clocks, secrets, ports: what the log says
 
