@@ -3299,7 +3299,7 @@ def test_a_container_without_ipv6_opens_ipv4(container):
         opens(world)
         assert world.client.connects(world.server.ip)
 
-@pytest.mark.parametrize("capability", ["net_raw", "net_admin", "setpcap", "setuid", "setgid"])
+@pytest.mark.parametrize("capability", ["net_raw", "net_admin", "setpcap", "setuid"])
 def test_a_server_that_lacks_a_capability_names_it(idle, capability):
     """As in containers that have some of root's; Docker's have no net_admin."""
     prefix = "setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}"
