@@ -375,11 +375,11 @@ def list_keys(home, *arguments, data=b""):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
                          "expires": end, "can": fields[10]})  # in capitals: what it is good for now
-        elif keys and kind in ("fpr", "uid"):
+        elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
     if not keys and "agent" in said:
         raise gpg_fault(home, said)
-    return keys
+    return [key for key in keys if "fpr" in key]  # of another version: unknown to Tariq
 
 def trouble_with(key, use, home):
     """Why a key of a keyring (None: it is not there) cannot be used to sign ("S") or to be
@@ -568,7 +568,9 @@ def read_challenge(reply_key, payload):
     if not opened:
         return None
     nonce, patience, seen = opened[1][:32], opened[1][32:34], opened[1][34:]
-    return Challenge(nonce, int.from_bytes(patience, "big"), seen.decode("ascii", "replace"))
+    with suppress(ValueError):  # no address: not one of Tariq's
+        seen = str(ipaddress.ip_address(seen.decode("ascii", "replace")))
+        return Challenge(nonce, int.from_bytes(patience, "big"), seen)
 
 def result_of(done, status, text):
     return bytes([done, status]) + text[:TEXT_MAX]
@@ -1119,7 +1121,7 @@ class Listener:
             self.log(text)
 
     def log(self, text):
-        self.tell(log=text)
+        self.tell(log=text[:600])  # as JSON 12 bytes a character at most: fits MESSAGE_MAX
 
     def tell(self, **message):
         """log=text, ready=True, or request=[knock id, signer, command, address], for Monitor."""
@@ -1295,7 +1297,8 @@ ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
 # What goes on where all else is dropped: answers and errors; of IPv6 (RFC 4890, 4.4) errors 1-4,
 # neighbour discovery 133-136, multicast listener discovery 130-132 and 143; DHCP's answers.
 KEPT = {
-    4: [ESTABLISHED, "-i lo -j ACCEPT", "-p udp -m udp --sport 67 --dport 68 -j ACCEPT"],
+    4: [ESTABLISHED, "-i lo -j ACCEPT",
+        "-d 255.255.255.255/32 -p udp -m udp --sport 67 --dport 68 -j ACCEPT"],  # draws no ICMP
     6: [ESTABLISHED, "-i lo -j ACCEPT", "-s fe80::/10 -p udp -m udp --dport 546 -j ACCEPT",
         *(f"-p ipv6-icmp -m icmp6 --icmpv6-type {number} -j ACCEPT"
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
@@ -1556,15 +1559,17 @@ def try_hiding(config, firewall, ports):
     """Hide for a trial; for good if a connection comes in through a door -> whether one did.
     What changes: a chain with DROP at its end, and a jump to it in INPUT (nowhere else: what Docker
     forwards is not hidden). The jump bears its own end: after TRIAL seconds the kernel passes it
-    by, whatever became of this program, the session or the network. Only after a connection: the
-    line public_ports in the config, and the same jump without an end."""
+    by, whatever became of this program, the session or the network. Only after a door has
+    let the first packet of a connection in: the line public_ports in the config, and the same jump
+    without an end. (That packet shows the way in, not that a service answered.)"""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
     firewall.public_ports = ports
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
         signal.signal(number, signal.default_int_handler)
-    came_in, kept, before = False, False, packets_in(firewall)
+    came_in = kept = False
+    before = packets_in(firewall)
     try:
         hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         hidden = [port for port in listening_ports() if port not in ports]
@@ -1619,10 +1624,11 @@ def listening_ports():
     """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
     ports = {}
     for line in query("ss", "-Hlntu")[1].splitlines():
-        protocol, _, _, _, local, *_ = line.split()
-        address, _, port = local.rpartition(":")
-        if not address.startswith(("127.", "[::1]")):
-            ports[f"{port}/{protocol}"] = int(port)
+        with suppress(ValueError):  # a line that was cut
+            protocol, _, _, _, local, *_ = line.split()
+            address, _, port = local.rpartition(":")
+            if not address.startswith(("127.", "[::1]")):
+                ports[f"{port}/{protocol}"] = int(port)
     return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
@@ -2017,6 +2023,7 @@ KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
 LimitCORE=0
+MemoryMax=1G
 UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
