@@ -2725,6 +2725,955 @@ def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kin
         assert running.log.count(": opened") == 3 and "refused" not in running.log
         assert running.stop() == 0
 
+# ---- in from where people are --------------------------------------------------------------------
+
+def but(world, **changes):
+    """The world with other parts."""
+    return SimpleNamespace(**{**vars(world), **changes})
+
+def private_directory(path, user=NOBODY):
+    sh("install", "-d", "-m", "700", "-o", user, "-g", user, path)
+    return path
+
+class Elsewhere(Host):
+    """A host for programs that see another file in the place of one of its own."""
+
+    def __init__(self, host, place, text):
+        vars(self).update(vars(host))
+        self.place, self.file = place, write(host.lab.new("file"), text, mode=0o644)
+
+    def command(self, argv, user=None):
+        # In the mount namespace that `ip netns exec` has made.
+        cover = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        words = super().command(["sh", "-c", cover, self.file, self.place])
+        return [*words, *(as_user(user) if user is not None else []), *map(str, argv)]
+
+# 1. Addresses of a name
+
+NAME = "box.example.com"
+NOBODYS = "2001:db8:1::dead", "198.51.100.99"  # addresses on the lab's switch that no host has
+
+def named(host, *addresses):
+    """The host, where NAME has these addresses."""
+    lines = "".join(f"{address} {NAME}\n" for address in addresses)
+    return Elsewhere(host, "/etc/hosts", f"127.0.0.1 localhost\n{lines}")
+
+@pytest.fixture
+def by_name(box):
+    """The world, whose client knocks at a name."""
+    edit(box.me, (f"host = {box.server.ip}\n", f"host = {NAME}\n"))
+    return box
+
+@pytest.mark.parametrize("fate", ["DROP", "REJECT"])
+def test_where_ipv6_is_filtered_the_second_try_goes_to_the_ipv4_address(by_name, lossy, fate):
+    """0.3 s after the first, not after ten."""
+    lossy.run("ip6tables", "-A", "loss", "-j", fate)
+    client = named(lossy.homes[0], by_name.server.ip6, by_name.server.ip)
+    done = knock(by_name, host=client, options=["-v"])
+    assert done.returncode == 0 and done.stdout.count("opened tcp/22") == 1, done
+    tries = re.findall(r"fragments go to (\S+) by (\w+)", done.stderr)
+    assert tries[:2] == [(by_name.server.ip6, "kernel"), (by_name.server.ip, "kernel")]
+
+def test_where_ipv4_is_filtered_a_name_with_both_is_reached_by_ipv6(by_name, lossy):
+    lossy.run("iptables", "-I", "loss", "-j", "DROP")
+    client = named(lossy.homes[0], by_name.server.ip, by_name.server.ip6)
+    assert opens(by_name, host=client).count("opened tcp/22") == 1
+    assert len(by_name.server.rules(ip6=True)) == 1 and by_name.server.rules() == []
+
+def test_both_families_doors_open_so_that_ssh_gets_in_by_whichever_it_takes(by_name):
+    client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
+    lines = opens(by_name, host=client).splitlines()
+    assert [re.search(r"for (\S+) until", line)[1] for line in lines] == [client.ip6, client.ip]
+    assert client.connects(by_name.server.ip) and client.connects(by_name.server.ip6)
+    assert opens(by_name, "C", "22", host=client).count("closed tcp/22") == 2
+    assert by_name.server.rules() == by_name.server.rules(ip6=True) == []
+
+@pytest.mark.parametrize("option, ip6", [("-4", False), ("-6", True)])
+def test_an_option_for_one_family_opens_that_familys_door_alone(by_name, option, ip6):
+    client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
+    assert opens(by_name, host=client, options=[option]).count("\n") == 1
+    assert len(by_name.server.rules(ip6)) == 1 and by_name.server.rules(not ip6) == []
+
+def test_a_command_runs_once_though_the_name_has_addresses_of_both_families(by_name):
+    client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
+    before = by_name.tariq.log
+    assert opens(by_name, "E", "echo", "once", host=client) == "once\n"
+    assert by_name.tariq.log.removeprefix(before).count("+ echo once") == 1
+
+def test_two_dead_addresses_of_three_keep_nobody_out(by_name):
+    client = named(by_name.client, *NOBODYS, by_name.server.ip)
+    assert opens(by_name, host=client).count("opened tcp/22") == 1
+
+def test_four_dead_addresses_of_ipv6_do_not_hide_the_one_of_ipv4(by_name):
+    dead = [f"2001:db8:1::dea{number}" for number in range(4)]
+    opens(by_name, host=named(by_name.client, *dead, by_name.server.ip))
+
+def test_a_name_with_ipv6_alone_opens_ipv6_and_has_no_address_for_4(by_name):
+    client = named(by_name.client, by_name.server.ip6)
+    assert f"for {client.ip6} until" in opens(by_name, host=client)
+    fails(by_name, NO_ANSWER, "has no address", host=client, options=["-4"])
+
+def test_a_client_without_ipv6_takes_the_ipv4_address_of_a_name_with_both(by_name):
+    client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
+    client.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    try:
+        assert f"for {client.ip} until" in opens(by_name, host=client)
+    finally:
+        client.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0")
+        client.run("ip", "addr", "replace", f"{client.ip6}/64", "dev", "eth0", "nodad")
+
+def test_no_answer_names_all_addresses_and_transports_that_were_tried(by_name):
+    done = knock(by_name, host=named(by_name.client, *NOBODYS), timeout=3)
+    assert done.returncode == NO_ANSWER and "--transport" not in done.stderr
+    assert all(word in done.stderr for word in (*NOBODYS, "kernel", "udp"))
+
+# 2. The address that the server sees
+
+@pytest.fixture(scope="module")
+def carrier(world):
+    """A router that translates its subscriber's addresses, which a program takes to be anybody's on
+    the Internet (as it takes none of those for documentation): it squats on 30.0.0.0/8."""
+    lab, router = world.lab, world.lab.host("carrier", 50)
+    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+    router.subscriber = host = Host(lab, "subscriber", 2, "30.78.1", "2600:db8:")
+    lab.cable(host, "eth0", router, "inner", [f"{host.ip}/24", f"{host.ip6}/64"],
+              ["30.78.1.1/24", "2600:db8::1/64"])
+    for family, gateway in ("-4", "30.78.1.1"), ("-6", "2600:db8::1"):
+        host.run("ip", family, "route", "add", "default", "via", gateway)
+    for program in "iptables", "ip6tables":
+        for rule in "-N relay", "-A POSTROUTING -j relay", "-A POSTROUTING -o eth0 -j MASQUERADE":
+            router.run(program, "-t", "nat", *rule.split())
+    return router
+
+@pytest.fixture
+def nat64(carrier):
+    """The carrier's tayga, and no IPv4 at its subscriber -> the prefix of IPv4 addresses."""
+    if not shutil.which("tayga") or not os.path.exists("/dev/net/tun"):
+        pytest.skip("no tayga, or no tun devices here")
+    prefix, pool = "2001:db8:64::", "192.0.2.128/25"
+    conf = write(carrier.lab.new("tayga.conf"), f"""tun-device nat64
+        ipv4-addr 192.0.2.129
+        ipv6-addr 2001:db8:65::1
+        prefix {prefix}/96
+        dynamic-pool {pool}
+        data-dir {carrier.lab.dir}
+        """)
+    carrier.run("tayga", "--config", conf, "--mktun")
+    carrier.run("ip", "link", "set", "nat64", "up")
+    carrier.run("ip", "route", "add", pool, "dev", "nat64")
+    carrier.run("ip", "-6", "route", "add", f"{prefix}/96", "dev", "nat64")
+    tayga = carrier.popen("tayga", "--config", conf, "--nodetach", stdout=DEVNULL, stderr=DEVNULL)
+    carrier.subscriber.run("ip", "-4", "route", "del", "default")
+    yield prefix
+    carrier.subscriber.run("ip", "-4", "route", "add", "default", "via", "30.78.1.1")
+    tayga.kill()
+    tayga.wait()
+    carrier.run("tayga", "--config", conf, "--rmtun")
+
+@pytest.fixture
+def ula(box, carrier):
+    """The subscriber knocks from fd00::2, which NPTv6 (RFC 6296) translates -> to this address."""
+    host, prefix = carrier.subscriber, "2001:db8:77::/64"
+    set_up_link(host, "eth0", "fd00::2/64")
+    set_up_link(carrier, "inner", "fd00::1/64")
+    rule = "-A relay -s fd00::/64 -j NETMAP --to"
+    carrier.run("ip6tables", "-t", "nat", *rule.split(), prefix)
+    box.server.run("ip", "-6", "route", "add", prefix, "via", carrier.ip6)
+    host.run("ip", "-6", "route", "replace", "default", "via", "fd00::1", "src", "fd00::2")
+    yield "2001:db8:77::2"
+    host.run("ip", "-6", "route", "replace", "default", "via", "2600:db8::1")
+    host.run("ip", "addr", "del", "fd00::2/64", "dev", "eth0")
+    carrier.run("ip", "addr", "del", "fd00::1/64", "dev", "inner")
+    carrier.run("ip6tables", "-t", "nat", "-F", "relay")
+    box.server.run("ip", "-6", "route", "del", prefix)
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_a_public_address_behind_nat_is_told_what_the_server_sees_and_the_option_for_it(
+        box, carrier, where):
+    seen = carrier.ip if where == "box" else carrier.ip6
+    done = knock(box, host=carrier.subscriber, where=where)
+    assert done.returncode == 76 and f"sees {seen}" in done.stderr, done
+    assert f"--address {seen}" in done.stderr
+    assert box.server.rules() == box.server.rules(ip6=True) == []
+    option = ["--address", seen]
+    assert f"for {seen} until" in opens(box, host=carrier.subscriber, where=where, options=option)
+
+def test_an_address_that_is_written_otherwise_is_the_same(box, carrier):
+    option = ["--address", "2001:0DB8:1:0:0:0:0:50"]
+    opens(box, host=carrier.subscriber, where="box6", options=option)
+
+@pytest.mark.parametrize("section", ["client", "box"])
+def test_the_address_may_stand_in_the_config(box, carrier, section):
+    edit(box.me, (f"[{section}]\n", f"[{section}]\naddress = {carrier.ip}\n"))
+    assert f"for {carrier.ip} until" in opens(box, host=carrier.subscriber)
+
+def test_address_any_compares_nothing(box, carrier):
+    for where in "box", "box6":
+        opens(box, host=carrier.subscriber, where=where, options=["--address", "any"])
+
+@pytest.mark.parametrize("address", ["home.example.com", "192.0.2.0/24"])
+def test_an_address_that_is_none_is_a_fault_of_the_command_line_with_words(box, address):
+    fails(box, 64, "address has to be an IP address", options=["--address", address])
+
+def test_an_address_that_is_none_is_a_fault_of_the_config_with_words(box):
+    edit(box.me, ("[client]\n", "[client]\naddress = home.example.com\n"))
+    fails(box, 78, "address has to be an IP address")
+
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_behind_nat_with_its_address_given_a_relay_that_knocks_from_its_own_is_noticed(
+        box, carrier, where):
+    """The relay is one more translation: the server sees it in the client's place."""
+    program, relay, nat = ("iptables", "198.51.100.51", carrier.ip)
+    if where == "box6":
+        program, relay, nat = ("ip6tables", "2001:db8:1::51", carrier.ip6)
+    set_up_link(carrier, "eth0", f"{relay}/{24 if where == 'box' else 64}")
+    rule = f"-A relay -o eth0 -j SNAT --to-source {relay}"
+    carrier.run(program, "-t", "nat", *rule.split())
+    try:
+        how = dict(host=carrier.subscriber, where=where, options=["--address", nat])
+        fails(box, 76, f"sees {relay}", **how)
+        assert box.server.rules() == box.server.rules(ip6=True) == []
+    finally:
+        carrier.run(program, "-t", "nat", "-F", "relay")
+
+def test_an_ipv6_only_client_gets_in_at_an_ipv4_server_over_nat64(box, carrier, nat64):
+    edit(box.me, (f"host = {box.server.ip}\n", f"host = {nat64}{box.server.ip}\n"))  # RFC 6052
+    fails(box, 76, f"--address {carrier.ip}", host=carrier.subscriber)
+    for transport in "kernel", "udp":
+        said = opens(box, host=carrier.subscriber, transport=transport,
+                     options=["--address", carrier.ip])
+        assert f"for {carrier.ip} until" in said
+
+def test_a_unique_local_client_gets_in_through_a_prefix_translation_without_an_option(
+        box, carrier, ula):
+    assert f"for {ula} until" in opens(box, host=carrier.subscriber, where="box6")
+
+def test_a_unique_local_client_that_gives_its_address_notices_another(box, carrier, ula):
+    how = dict(host=carrier.subscriber, where="box6")
+    opens(box, options=["--address", ula], **how)
+    fails(box, 76, f"sees {ula}", options=["--address", "2001:db8:77::3"], **how)
+
+def test_an_ipv4_address_that_is_given_says_nothing_of_a_knock_by_ipv6(box, carrier, ula):
+    """`address =` is that of a home whose IPv4 is translated to it, and its IPv6 by prefix."""
+    edit(box.me, ("[client]\n", "[client]\naddress = 203.0.113.9\n"))
+    assert f"for {ula} until" in opens(box, host=carrier.subscriber, where="box6")
+
+@pytest.mark.parametrize("own", ["100.64.0.7", "192.168.7.7", "192.0.0.8"])
+def test_an_address_that_is_nobodys_on_the_internet_needs_no_option_behind_nat(box, carrier, own):
+    """RFC 6598's, RFC 1918's, and one of which versions of Python think differently."""
+    host = carrier.subscriber
+    set_up_link(host, "eth0", f"{own}/32")
+    carrier.run("ip", "route", "add", own, "dev", "inner")
+    host.run("ip", "route", "replace", "default", "via", "30.78.1.1", "src", own)
+    try:
+        assert f"for {carrier.ip} until" in opens(box, host=host)
+    finally:
+        host.run("ip", "route", "replace", "default", "via", "30.78.1.1")
+        carrier.run("ip", "route", "del", own)
+        host.run("ip", "addr", "del", f"{own}/32", "dev", "eth0")
+
+# 3. A client's key lives
+
+DAYS = 86400
+
+def subkeys(home, key):
+    """The fingerprints of a key's subkeys, in the order in which they were made."""
+    listing = gpg(home, "--with-colons", "--list-keys", key).stdout
+    return re.findall(r"(?m)^sub:.*\n^fpr:+(\w+)", listing)
+
+def revoke(home, key, subkey=0):
+    """Revoke a key, or its so-many-eth subkey: by gpg's dialogue, as by hand."""
+    choice = [f"key {subkey}"] if subkey else []
+    answers = [*choice, "revkey", "y", "0", "", "y", "save", ""]
+    gpg(home, "--command-fd", "0", "--edit-key", key, input="\n".join(answers))
+
+def let_expire(home, key, *subkey):
+    gpg(home, "--quick-set-expire", key, "seconds=1", *subkey)
+    time.sleep(2.1)  # times in OpenPGP are whole seconds
+
+def signing_with(world, name):
+    """An enrolled client whose primary key only certifies; a subkey signs."""
+    home = private_directory(private_directory(world.lab.dir / name) / "gpg")
+    gpg(home, "--quick-generate-key", f"{name}@example.com", "ed25519", "cert", "never")
+    gpg(home, "--quick-add-key", fingerprint(home, name), "ed25519", "sign", "never")
+    return second_client(world, name)
+
+def copy_of(conf, name):
+    """A thief's copy of a client's directory -> its config."""
+    thief = conf.parent.with_name(name)
+    sh("sh", "-c", 'cp -a "$0" "$1" && rm -f "$1"/gpg/S.*', conf.parent, thief)
+    edit(thief / "tariq.conf", (f"{conf.parent}/", f"{thief}/"))
+    return thief / "tariq.conf"
+
+def enroll_again(world, conf):
+    """The README's pipe once more, from keygen to join -> what enroll said."""
+    user, run = config_values(conf, "client")["user"], world.lab.tariq
+    public = run(world.client, "keygen", "-c", conf, user, user=NOBODY).stdout
+    done = run(world.server, "enroll", "-c", world.conf, "--allow", "O 22", input=public)
+    run(world.client, "join", "-c", conf, "box", user=NOBODY, input=done.stdout)
+    return done.stderr
+
+def refused_in_log(world, conf, *words):
+    """A knock that gets no answer, and of which the log has a line with these words."""
+    before = world.tariq.log
+    fails(world, NO_ANSWER, "", conf=conf, timeout=1)
+    world.tariq.wait_log("knock refused: ", before.count("knock refused: ") + 1)
+    lines = world.tariq.log.removeprefix(before).splitlines()
+    line = next(line for line in lines if "knock refused: " in line)
+    assert all(word in line for word in (world.client.ip, *words)), line
+
+def test_a_key_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(box):
+    conf = second_client(box, "renewed")
+    home = conf.parent / "gpg"
+    key = fingerprint(home, "renewed")
+    let_expire(home, key)
+    said = enroll_again(box, conf)
+    assert "updated" in said and "expired" in said, said
+    fails(box, 65, "expired", conf=conf)
+    gpg(home, "--quick-set-expire", key, "1y")
+    refused_in_log(box, conf, "renewed@example.com", "expired")
+    year = time.strftime("%Y", time.gmtime(time.time() + 365 * DAYS))
+    said = enroll_again(box, conf)
+    assert "updated" in said and f" {year}-" in said, said
+    assert "opened tcp/22" in opens(box, conf=conf)
+
+def test_a_key_enrolled_again_that_is_as_it_was_is_said_to_be_the_same(box):
+    assert "the same" in enroll_again(box, box.me)
+
+def test_a_revoked_key_enrolled_again_is_refused_and_its_copy_opens_nothing(box):
+    conf = second_client(box, "revoked")
+    home, thief = conf.parent / "gpg", copy_of(conf, "thief")
+    opens(box, conf=thief)
+    revoke(home, fingerprint(home, "revoked"))
+    said = enroll_again(box, conf)
+    assert "updated" in said and "revoked" in said, said
+    refused_in_log(box, thief, "revoked@example.com", "is revoked")
+    fails(box, 65, "is revoked", conf=conf)
+
+def test_an_older_copy_enrolled_again_takes_no_revocation_back_and_enroll_says_so(box):
+    conf = second_client(box, "older")
+    home, thief = conf.parent / "gpg", copy_of(conf, "older-thief")
+    revoke(home, fingerprint(home, "older"))
+    enroll_again(box, conf)
+    assert "revoked" in enroll_again(box, thief)
+    refused_in_log(box, thief, "older@example.com", "is revoked")
+
+def test_a_signing_subkey_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(box):
+    conf = signing_with(box, "subkey")
+    home = conf.parent / "gpg"
+    key = fingerprint(home, "subkey")
+    let_expire(home, key, *subkeys(home, key))
+    fails(box, 65, "expired", conf=conf)
+    enroll_again(box, conf)
+    gpg(home, "--quick-set-expire", key, "1y", *subkeys(home, key))
+    refused_in_log(box, conf, "subkey@example.com", "expired")
+    assert "updated" in enroll_again(box, conf)
+    opens(box, conf=conf)
+
+def test_a_revoked_signing_subkey_opens_nothing_and_the_log_says_so(box):
+    conf = signing_with(box, "signing")
+    home, thief = conf.parent / "gpg", copy_of(conf, "signing-thief")
+    opens(box, conf=thief)
+    revoke(home, fingerprint(home, "signing"), 1)
+    assert "updated" in enroll_again(box, conf)
+    refused_in_log(box, thief, "signing@example.com", "is revoked")
+
+def test_a_signing_subkey_added_later_is_named_in_the_log_until_it_is_enrolled(box):
+    conf = second_client(box, "grown")
+    home = conf.parent / "gpg"
+    key = fingerprint(home, "grown")
+    gpg(home, "--quick-add-key", key, "ed25519", "sign")
+    refused_in_log(box, conf, subkeys(home, key)[-1][-16:], "is not in the server's keyring")
+    assert "updated" in enroll_again(box, conf)
+    opens(box, conf=conf)
+
+def test_what_a_client_may_do_stays_as_it_is_when_its_key_is_updated(box):
+    conf = second_client(box, "narrow", ("O 8022",))
+    home, before = conf.parent / "gpg", box.conf.read_text()
+    gpg(home, "--quick-set-expire", fingerprint(home, "narrow"), "1y")
+    assert "updated" in enroll_again(box, conf)
+    assert box.conf.read_text() == before
+
+@pytest.mark.parametrize("trouble", ["is revoked", "expired on"])
+def test_a_new_client_whose_key_is_no_longer_good_is_told_so_by_enroll(box, trouble):
+    home = private_directory(box.lab.new("bad-key"))
+    options, end = (at_time(-3 * DAYS), "2d") if trouble == "expired on" else ((), "never")
+    gpg(home, *options, "--quick-generate-key", "bad@example.com", "ed25519", "cert,sign", end)
+    if trouble == "is revoked":
+        revoke(home, fingerprint(home, "bad"))
+    public = gpg(home, "--armor", "--export", "bad").stdout
+    done = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=public, check=False)
+    assert done.returncode == 65 and trouble in done.stderr, done
+    assert "bad@example.com" not in box.conf.read_text()
+
+# 4. The server's key lives
+
+def server_with(world, name, *encrypting):
+    """A server whose key has these encryption subkeys: days ago, algorithm, end -> its config, its
+    keyring, its key."""
+    ring = private_directory(world.lab.dir / f"ring-{name}", "tariq")
+    gpg(ring, *at_time(-9 * DAYS), "--quick-generate-key", f"{name}@example.com", "ed25519",
+        "cert,sign", "never")
+    key = fingerprint(ring, name)
+    for days, algorithm, end in encrypting:
+        options = at_time(-days * DAYS) if days else ()
+        gpg(ring, *options, "--quick-add-key", key, algorithm, "encr", end)
+    conf = make_server(world.lab, world.server, f"server-{name}", server_gpg_dir=ring,
+                       server_key=key)
+    return conf, ring, key
+
+@contextmanager
+def running(world, conf, program=None):
+    """A server of another config meanwhile -> the world with it."""
+    server = Server(world.lab, world.server, conf, program).wait_log("listening for")
+    yield but(world, conf=conf, tariq=server)
+    assert server.stop() == 0
+
+VALID, LAPSED, NEW = (4, "cv25519", "never"), (3, "cv25519", "2d"), (0, "cv25519", "1y")
+
+@pytest.mark.parametrize("name, encrypting", [
+    ("valid", [VALID, NEW]), ("lapsed", [LAPSED, NEW]), ("many", [VALID, LAPSED, LAPSED, NEW, NEW]),
+    ("rsa-first", [(4, "rsa2048", "never"), NEW]), ("rsa-last", [VALID, (0, "rsa2048", "1y")])])
+def test_a_server_key_with_more_than_one_encryption_subkey_opens(idle, name, encrypting):
+    """gpg tries an old one first for the hidden recipient, fails, finds the right one, exits 2."""
+    conf, _, _ = server_with(idle, name, *encrypting)
+    client = second_client(idle, f"of-{name}", conf=conf)
+    with running(idle, conf) as world:
+        assert "opened tcp/22" in opens(world, conf=client)
+
+def test_a_new_encryption_subkey_and_a_revoked_old_one_keep_nobody_out(idle):
+    conf, ring, key = server_with(idle, "grown", VALID)
+    early, late = (second_client(idle, name, conf=conf) for name in ("early", "late"))
+    with running(idle, conf) as world:
+        gpg(ring, "--quick-add-key", key, "cv25519", "encr", "1y")
+        enroll_again(world, late)
+        for client in early, late:  # one knows the old subkey alone
+            opens(world, conf=client)
+        revoke(ring, key, 1)
+        enroll_again(world, late)
+        for client in early, late:
+            opens(world, conf=client)
+
+def test_a_server_whose_only_encryption_subkey_expired_is_a_fault_with_words(idle):
+    """At the client's knock, and at the server's check."""
+    conf, _, _ = server_with(idle, "over", LAPSED)
+    client = second_client(idle, "of-over", conf=conf)
+    fails(idle, 65, "expired", conf=client)
+    done = idle.lab.tariq(idle.server, "check", "-c", conf, check=False)
+    assert done.returncode == 78 and "expired" in done.stderr, done
+
+def test_a_server_key_that_was_renewed_is_taken_by_who_joins_again(idle):
+    conf, ring, key = server_with(idle, "anew", NEW)
+    client = second_client(idle, "of-anew", conf=conf)
+    with running(idle, conf) as world:
+        let_expire(ring, key)
+        enroll_again(world, client)
+        fails(world, 65, "expired", conf=client)
+        gpg(ring, "--quick-set-expire", key, "1y")
+        enroll_again(world, client)
+        opens(world, conf=client)
+
+# 5. Clocks a few seconds apart
+
+def shifted(seconds):
+    """A change of the program: its clock, and that of its gpg, is so many seconds from now."""
+    return f"""
+import time
+clock, broken_down, options = time.time, time.gmtime, tariq.GPG[1:]
+time.time = lambda: clock() + {seconds}
+time.gmtime = lambda seconds=None: broken_down(time.time() if seconds is None else seconds)
+now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+tariq.GPG[1:] = ["--faked-system-time", now, *options]
+"""
+
+def set_up(world, conf, name, seconds):
+    """keygen | enroll | join, the client's clock so many seconds from the server's -> what became
+    of each, as far as the pipe came."""
+    lab, program = world.lab, world.lab.program(shifted(seconds))
+    how = dict(user=NOBODY, check=False)
+    private_directory(conf.parent)
+    steps = [world.client.run(program, "keygen", "-c", conf, f"{name}@example.com", **how)]
+    steps.append(lab.tariq(world.server, "enroll", "-c", world.conf, input=steps[0].stdout,
+                           check=False))
+    if not steps[1].returncode:
+        steps.append(world.client.run(program, "join", "-c", conf, "box", input=steps[1].stdout,
+                                      **how))
+        edit(conf, ("[box]\n", f"[box]\nhost = {world.server.ip}\n"))
+    return steps
+
+@pytest.fixture
+def young(idle):
+    """A world whose server's key is as young as a client's; the server takes itself to run for a
+    minute already: it takes no frame from before its start."""
+    shift, name = Shift(idle.lab), f"young-{next(idle.lab.count)}"
+    shift.set(-60)
+    with running(idle, make_server(idle.lab, idle.server, name), shift.program) as world:
+        shift.set(0)
+        yield world
+
+@pytest.mark.parametrize("seconds", [-40, -1, 1, 40])
+def test_clocks_less_than_a_minute_apart_spoil_neither_set_up_nor_a_knock(young, seconds):
+    conf = young.lab.dir / f"clock{seconds}" / "tariq.conf"
+    steps = set_up(young, conf, f"clock{seconds}", seconds)
+    assert [step.returncode for step in steps] == [0, 0, 0], steps
+    opens(young, conf=conf, change=shifted(seconds))
+
+def test_a_key_of_two_hours_from_now_is_refused_with_words_about_clocks(young):
+    *_, enroll = set_up(young, young.lab.dir / "ahead" / "tariq.conf", "ahead", 7200)
+    assert enroll.returncode == 65 and re.search(r"7\d\d\d s .*clock", enroll.stderr), enroll
+    assert "ahead@example.com" not in young.conf.read_text()
+
+def test_a_client_two_hours_behind_is_told_of_clocks_by_join(young):
+    *_, join = set_up(young, young.lab.dir / "behind" / "tariq.conf", "behind", -7200)
+    assert join.returncode == 65 and re.search(r"7\d\d\d s .*clock", join.stderr), join
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_a_knock_two_hours_off_gets_no_answer_and_the_client_says_its_own_time(box, seconds):
+    began = int(time.time()) + seconds
+    done = knock(box, timeout=1, change=shifted(seconds))
+    said = re.search(r"it is (\d\d):(\d\d):(\d\d) UTC by this clock", done.stderr)
+    assert done.returncode == NO_ANSWER and said, done
+    hours, minutes, rest = map(int, said.groups())
+    later = (hours * 3600 + minutes * 60 + rest - began) % DAYS
+    assert later <= time.time() + seconds - began
+
+# 6. Unprivileged containers
+
+class Container(Host):
+    """A host in a user namespace, which its network namespace belongs to: root there is user 100000
+    here, as with LXC, Incus and rootless podman. /run is its own."""
+
+    FIRST = 100_000
+
+    def __init__(self, lab, name, number):
+        self.lab, self.name, self.netns = lab, name, f"{lab.prefix}-{name}"
+        self.ip, self.ip6 = f"198.51.100.{number}", f"2001:db8:1::{number}"
+        words = ["unshare", "--user", "--net", "sh", "-c", "echo; exec sleep infinity"]
+        self.outer = subprocess.Popen(words, stdout=PIPE)
+        self.outer.stdout.readline()
+        for kind in "uid", "gid":
+            Path(f"/proc/{self.outer.pid}/{kind}_map").write_text(f"0 {self.FIRST} 65536\n")
+        sh("ip", "netns", "attach", self.netns, self.outer.pid)
+        lab.plug(self, "eth0", f"{self.ip}/24", f"{self.ip6}/64")
+        script = ("mount -t tmpfs -o mode=755 tmpfs /run && ip link set lo up && echo ready "
+                  "&& exec sleep infinity")
+        words = [*self.enter(self.outer), "unshare", "--mount", "sh", "-c", script]
+        self.init = subprocess.Popen(words, stdout=PIPE)
+        assert self.init.stdout.readline() == b"ready\n"
+
+    def enter(self, process, *more):
+        return ["nsenter", f"--target={process.pid}", "--user", "--net", *more, "--setuid=0",
+                "--setgid=0", "--"]
+
+    def command(self, argv, user=None):
+        start = self.enter(self.init, "--mount")
+        return [*start, *(as_user(user) if user is not None else []), *map(str, argv)]
+
+    def sshd(self):
+        key = self.lab.new("sshd-key")
+        sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+        self.adopt(key)
+        self.run("mkdir", "-p", "/run/sshd")
+        self.popen("/usr/sbin/sshd", "-D", "-f", "/dev/null", "-h", key, "-o", "PidFile=none",
+                   "-o", "UsePAM=no", stdout=DEVNULL, stderr=DEVNULL)
+        wait_for(lambda: self.connects("127.0.0.1"), "sshd does not come up")
+
+    def adopt(self, path):
+        """Give the container what is below a path."""
+        for each in (path, *path.rglob("*")):
+            status = each.lstat()
+            os.chown(each, self.FIRST + status.st_uid, self.FIRST + status.st_gid,
+                     follow_symlinks=False)
+
+    def remove(self):
+        self.run("ip", "link", "del", "eth0")  # else it may answer who gets its address
+        for process in self.init, self.outer:
+            process.kill()
+            process.wait()
+        sh("ip", "netns", "del", self.netns)
+
+@pytest.fixture
+def container(idle):
+    """A container on the lab's switch -> a world in which it is the server, which does not run."""
+    host = Container(idle.lab, f"container{next(idle.lab.count)}", 60)
+    conf = make_server(idle.lab, idle.server, host.name)
+    me = second_client(but(idle, conf=conf), f"of-{host.name}", ALLOW)
+    edit(me, (idle.server.ip6, host.ip6), (idle.server.ip, host.ip))
+    sh("gpgconf", "--homedir", conf.parent / ".server-gpg", "--kill", "all")
+    host.adopt(conf.parent)
+    host.drop_policy()
+    host.sshd()
+    for other in idle.client, idle.other:  # the one before had another link address
+        other.run("ip", "neigh", "flush", "all")
+    yield but(idle, conf=conf, server=host, me=me)
+    host.remove()
+
+@pytest.fixture
+def boxed(container):
+    """The container with a running server."""
+    with running(container, container.conf) as world:
+        yield world
+
+def test_a_server_in_an_unprivileged_container_opens_and_says_what_it_lacks(boxed):
+    for where, address in ("box", boxed.server.ip), ("box6", boxed.server.ip6):
+        opens(boxed, where=where)
+        assert boxed.client.connects(address) and not boxed.other.connects(address)
+    assert boxed.tariq.log.count("receive buffer") == 1
+
+def test_enroll_works_inside_an_unprivileged_container(boxed):
+    opens(boxed, conf=second_client(boxed, f"new-{boxed.server.name}"))
+
+def test_check_says_in_an_unprivileged_container_what_it_says_elsewhere(boxed):
+    said = boxed.lab.tariq(boxed.server, "check", "-c", boxed.conf).stderr
+    assert said.count("good") == 2 and said.count("INPUT leads to the doors") == 2, said
+
+def test_a_machine_in_an_unprivileged_container_hides_with_a_way_back(boxed):
+    for program in "iptables", "ip6tables":
+        boxed.server.run(program, "-P", "INPUT", "ACCEPT")
+    program = boxed.lab.program("tariq.TRIAL = 20")
+    hide = boxed.server.popen(program, "hide", "-c", boxed.conf, stdout=PIPE,
+                              stderr=subprocess.STDOUT)
+    wait_for(lambda: not boxed.client.connects(boxed.server.ip), "it does not hide")
+    opens(boxed)
+    assert boxed.client.connects(boxed.server.ip)
+    assert "hidden for good" in hide.communicate(timeout=30)[0]
+    for address in boxed.server.ip, boxed.server.ip6:
+        assert not boxed.other.connects(address)
+
+def test_a_container_without_ipv6_opens_ipv4(container):
+    container.server.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    with running(container, container.conf) as world:
+        opens(world)
+        assert world.client.connects(world.server.ip)
+
+@pytest.mark.parametrize("capability", ["net_raw", "net_admin", "setpcap", "setuid"])
+def test_a_server_that_lacks_a_capability_names_it(idle, capability):
+    """As in containers that have some of root's; Docker's have no net_admin."""
+    prefix = "setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}"
+    server = Server(idle.lab, idle.server, idle.conf, prefix=prefix)
+    try:
+        assert server.process.wait(15) == SYSTEM
+    finally:
+        server.kill()
+    assert f"CAP_{capability.upper()}" in server.log
+
+# 7. No IPv6 in the kernel, or ip6tables that fails
+
+def programs_but(lab, name):
+    """A directory with all programs that root's PATH finds, but those whose name begins so."""
+    (place := lab.new("programs")).mkdir()
+    for directory in reversed(tariq.PATH.split(":")):
+        for path in Path(directory).glob("*"):
+            if not path.name.startswith(name):
+                (place / path.name).unlink(missing_ok=True)
+                (place / path.name).symlink_to(path)
+    return place
+
+@pytest.fixture(params=["fails", "is missing", "has nothing to do"])
+def ipv4_only(idle, request):
+    """A world where the server's ip6tables fails, is missing, or IPv6 is switched off. `words`
+    start its program."""
+    prefix, change = (), ""
+    if request.param == "fails":
+        fakes = Fakes(idle.lab)
+        fakes.fault("ip6tables-fails")
+        prefix = fakes.prefix
+    elif request.param == "is missing":
+        change = f"tariq.PATH = '{programs_but(idle.lab, 'ip6tables')}'"
+    else:
+        idle.server.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    program = idle.lab.program(change)
+    server = Server(idle.lab, idle.server, idle.conf, program, prefix).wait_log("listening for")
+    yield but(idle, words=(*prefix, program), tariq=server,
+              warnings=0 if request.param == "has nothing to do" else 1)
+    server.kill()
+    idle.server.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0")
+    idle.server.run("ip", "addr", "replace", f"{idle.server.ip6}/64", "dev", "eth0", "nodad")
+
+def test_where_ip6tables_is_of_no_use_ipv4_is_served_with_one_warning(ipv4_only):
+    opens(ipv4_only), opens(ipv4_only, "C", "22"), opens(ipv4_only)
+    assert ipv4_only.client.connects(ipv4_only.server.ip)
+    assert ipv4_only.tariq.stop() == 0 and ipv4_only.server.rules() == []
+    said = [line for line in ipv4_only.tariq.log.splitlines() if not line.startswith("+ ")]
+    assert sum("ip6tables" in line for line in said) == ipv4_only.warnings, said
+
+def test_where_ip6tables_is_of_no_use_check_says_so_and_every_fault(ipv4_only):
+    edit(ipv4_only.conf, ("may =", "nonsense = 1\nmay ="))
+    done = ipv4_only.server.run(*ipv4_only.words, "check", "-c", ipv4_only.conf, check=False)
+    assert done.returncode == 78 and "nonsense" in done.stderr and "ip6tables" in done.stderr, done
+
+def test_where_ip6tables_is_of_no_use_a_name_of_both_families_gets_in_by_ipv4(ipv4_only):
+    edit(ipv4_only.me, (f"host = {ipv4_only.server.ip}\n", f"host = {NAME}\n"))
+    client = named(ipv4_only.client, ipv4_only.server.ip6, ipv4_only.server.ip)
+    assert f"for {client.ip} until" in opens(ipv4_only, host=client)
+
+# 8. Replies that cannot be sent, or get lost
+
+TUNNEL6, IP6GRE = 769, 823  # linux/if_arp.h: ip6tnl's and ip6gre's; their link addresses: 16 bytes
+
+@contextmanager
+def tunnel_between(server, client, link_type):
+    """A tunnel between two hosts, 203.0.113.1 and .2: tun devices, the server's of a link type."""
+    def tunnel_end(kind=None):
+        end = os.open("/dev/net/tun", os.O_RDWR)
+        # TUNSETIFF: IFF_TUN | IFF_NO_PI; TUNSETLINK, which also sets how long link addresses are
+        fcntl.ioctl(end, 0x400454CA, struct.pack("16sH", b"tun7", 0x1001))
+        if kind:
+            fcntl.ioctl(end, 0x400454CD, kind)
+        return end
+    def carry():
+        while not over.is_set():
+            for source in select.select(ends, [], [], 0.1)[0]:
+                with suppress(OSError):  # an end that is not up yet
+                    os.write(ends[source == ends[0]], os.read(source, 2000))
+    ends = [server.inside(tunnel_end, link_type), client.inside(tunnel_end)]
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for host, number in ((server, 1), (client, 2)):
+                host.run("ip", "link", "set", "tun7", "mtu", "1280")
+                set_up_link(host, "tun7", f"203.0.113.{number}/30", f"2001:db8:9::{number}/64")
+            pool.submit(carry)
+            yield
+        finally:
+            over.set()
+            pool.shutdown()
+            for end in ends:
+                os.close(end)
+
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no tun devices here")
+@pytest.mark.parametrize("kind", [TUNNEL6, IP6GRE])
+@pytest.mark.parametrize("where", ["box", "box6"])
+def test_knocks_by_a_tunnel_whose_link_addresses_have_16_bytes_are_answered(box, kind, where):
+    with tunnel_between(box.server, box.client, kind):
+        link, = json.loads(box.server.run("ip", "-j", "link", "show", "tun7").stdout)
+        if link["link_type"] not in ("tunnel6", "gre6"):
+            pytest.skip("this kernel's tun devices have no such type")
+        edit(box.me, (box.server.ip6, "2001:db8:9::1"), (box.server.ip, "203.0.113.1"))
+        for transport in "kernel", "udp":
+            opens(box, where=where, transport=transport)
+
+def test_a_gateway_that_forwards_inwards_only_leaves_a_line_that_nobody_answered(idle, lossy):
+    lossy.run("iptables", "-A", "loss", "-i", "eth0", "-j", "DROP")
+    with serving(idle, program=idle.lab.program("tariq.ANSWER_TIME = 1")) as server:
+        fails(idle, NO_ANSWER, "No answer", host=lossy.far[0], timeout=1)
+        server.wait_log("did not answer")
+        assert re.search(rf"{lossy.far[0].ip}.*me@laptop.*did not answer", server.log)
+
+def test_a_challenge_that_nobody_answers_leaves_a_line_with_who_and_from_where(idle):
+    with serving(idle, program=idle.lab.program("tariq.ANSWER_TIME = 1")) as server:
+        peer = Peer(idle).seal()
+        peer.send(peer.frames())
+        assert peer.hear(b"challenge")
+        server.wait_log("did not answer")
+        assert re.search(rf"{idle.client.ip}.*me@laptop.*did not answer", server.log)
+        assert idle.server.rules() == []
+
+@pytest.mark.parametrize("how", ["down", "gone"])
+def test_an_interface_that_is_gone_when_the_reply_is_due_is_named_and_a_repeat_gets_in(idle, how):
+    server, fakes = idle.server, Fakes(idle.lab)
+    with serving(idle, fakes.prefix) as tariq_server:
+        fakes.fault("gpg-slow")
+        with knocking(idle, timeout=20) as waits:
+            wait_for(lambda: children(tariq_server.listener), "no gpg")
+            command = "ip link set eth0 down" if how == "down" else "ip link del eth0"
+            server.run(*command.split())
+            try:
+                tariq_server.wait_log("a reply cannot be sent by eth0")
+            finally:
+                if how == "down":
+                    set_up_link(server, "eth0", f"{server.ip6}/64")
+                else:
+                    idle.lab.plug(server, "eth0", f"{server.ip}/24", f"{server.ip6}/64")
+                    for host in idle.lab.hosts.values():  # it has a new link address
+                        host.run("ip", "neigh", "flush", "all")
+            fakes.fault("none")
+            assert "opened tcp/22" in waits.communicate(timeout=30)[0]
+
+# 9. One rule text for both families
+
+def rule_with(source):
+    return (f"-A tariq {source} -p tcp -m conntrack --ctstate NEW -m tcp --dport {{dport}} "
+            "-m time --datestop {until} -j ACCEPT")
+
+def test_a_door_for_a_network_opens_a_24_of_ipv4_and_a_64_of_ipv6_and_says_so(idle, lossy):
+    with serving(idle, open_tcp_port=rule_with("-s {net}")):
+        assert "for 198.51.100.0/24 until" in opens(idle)
+        assert "for 2001:db8:1::/64 until" in opens(idle, where="box6")
+        for address in idle.server.ip, idle.server.ip6:
+            assert idle.client.connects(address) and idle.other.connects(address)
+        assert not lossy.far[0].connects(idle.server.ip)
+        assert "-s 2001:db8:1::/64" in idle.server.rules(ip6=True)[0]
+
+def test_a_door_for_a_network_is_one_for_all_addresses_in_it(idle):
+    """From whichever of them it is opened again or closed."""
+    with serving(idle, open_tcp_port=rule_with("-s {net}")):
+        opens(idle), opens(idle, host=idle.other)
+        assert len(idle.server.rules()) == 1
+        assert "closed tcp/22" in opens(idle, "C", "22", host=idle.other)
+        assert idle.server.rules() == []
+
+NETS = """
+table inet tariq {
+    set nets4 { type ipv4_addr . inet_service; flags interval,timeout; }
+    set nets6 { type ipv6_addr . inet_service; flags interval,timeout; }
+    chain input {
+        type filter hook input priority -10; policy drop;
+        ct state established,related accept
+        iif lo accept
+        meta l4proto ipv6-icmp accept
+        ip saddr . tcp dport @nets4 accept
+        ip6 saddr . tcp dport @nets6 accept
+    }
+}
+"""
+
+def test_a_network_may_stand_in_open_command_and_close_command(idle, lossy):
+    words, element = "element inet tariq nets{version}", "{ {net} . {dport}"
+    commands = dict(open_command=f"nft add {words} {element} timeout {{seconds}}s }}",
+                    close_command=f"nft delete {words} {element} }}")
+    for program in "iptables", "ip6tables":
+        idle.server.run(program, "-P", "INPUT", "ACCEPT")
+    idle.server.run("nft", "-f", "-", input=NETS)
+    try:
+        with serving(idle, **commands):
+            for where, address in ("box", idle.server.ip), ("box6", idle.server.ip6):
+                assert not idle.other.connects(address)
+                opens(idle, where=where)
+                assert idle.other.connects(address)
+            assert not lossy.far[0].connects(idle.server.ip)
+            opens(idle, "C", "22", host=idle.other)
+            assert not idle.client.connects(idle.server.ip)
+    finally:
+        idle.server.run("nft", "delete", "table", "inet", "tariq")
+        idle.server.drop_policy()
+
+def refused_start(world, **settings):
+    """A server that ends by itself, at fault in its config -> its log."""
+    server = Server(world.lab, world.server, variant(world, **settings))
+    try:
+        assert server.process.wait(15) == 78
+    finally:
+        server.kill()
+    return server.log
+
+@pytest.mark.parametrize("source", [
+    "-s {ip}/24", "-s {ip}/64", "-s {ip}/255.255.255.0", "-s {net}/8", "--source={ip}/0", "",
+    "-s 0.0.0.0/0", "-m comment --comment {ip}", "-s {ip}0", "-s {ip},192.0.2.0/24", "! -s {ip}"])
+def test_a_rule_that_would_open_more_than_it_should_is_refused_with_words(idle, source):
+    log = refused_start(idle, open_tcp_port=rule_with(source))
+    assert "open_tcp_port" in log and "{net}" in log
+
+def test_a_command_that_would_open_more_than_it_should_is_refused_with_words(idle):
+    command = "nft add element inet tariq doors {ip}/24 {dport}"
+    log = refused_start(idle, open_command=command, close_command="true {ip} {dport}")
+    assert "open_command" in log and "{net}" in log
+
+def test_commands_that_open_a_network_and_close_an_address_are_refused(idle):
+    log = refused_start(idle, open_command="true {net} {dport}", close_command="true {ip} {dport}")
+    assert "close_command" in log and "{net}" in log
+
+# 10. Clocks, secrets, ports: what the log says
+
+def clock_lines(server):
+    return [line for line in server.log.splitlines() if "clock" in line]
+
+@pytest.mark.parametrize("age, words", [(120, "ago"), (-120, "from now")])
+def test_a_frame_from_a_clock_that_is_off_is_logged_with_how_far_and_from_where(idle, age, words):
+    with serving(idle) as server:
+        peer = Peer(idle).seal()
+        peer.send(peer.frames(age))
+        opens(idle)  # after it all of that has been read
+        line, = clock_lines(server)
+        assert re.search(rf"{idle.client.ip} .*\b1[12]\d s {words}", line)
+
+def test_such_a_line_comes_once_a_minute_whoever_sends_such_frames(idle):
+    with serving(idle) as server:
+        for host in idle.client, idle.other:
+            peer = Peer(idle, host=host).seal()
+            for age in 90, 120, -120, 7200:
+                peer.send(peer.frames(age))
+        opens(idle)
+        assert len(clock_lines(server)) == 1
+
+def test_after_that_minute_it_comes_again(idle):
+    assert tariq.COMPLAINT_TIME == 60
+    with serving(idle, program=idle.lab.program("tariq.COMPLAINT_TIME = 1")) as server:
+        peer = Peer(idle).seal()
+        for count in 1, 2:
+            peer.send(peer.frames(120))
+            wait_for(lambda: len(clock_lines(server)) >= count)
+            time.sleep(1)
+
+def test_a_clock_that_is_behind_just_after_the_start_is_said_in_the_log(idle):
+    """Its frames are from before the start, as a replay's would be: they get no answer yet."""
+    with serving(idle) as server:
+        fails(idle, NO_ANSWER, "UTC by this clock", timeout=1, change=shifted(-40))
+        server.wait_log(f"{idle.client.ip} ")
+        line, = (line for line in server.log.splitlines() if idle.client.ip in line)
+        assert "start" in line
+
+@pytest.mark.parametrize("wrong", ["secret", "ports"])
+def test_a_wrong_secret_or_wrong_ports_leave_no_line(idle, wrong):
+    secret = base64.b64encode(os.urandom(32)).decode()
+    with serving(idle) as server:
+        before = server.log
+        if wrong == "secret":
+            edit(idle.me, (config_values(idle.me, "box")["secret"], secret))
+        options = ["-p", "1,2,3,4,5"] if wrong == "ports" else []
+        fails(idle, NO_ANSWER, "No answer", timeout=1, options=options)
+        assert server.log == before
+
+# 11. A keyring whose path is too long for gpg-agent
+
+LONGEST = 86  # bytes: of gpg-agent's sockets in it, S.gpg-agent.browser's path may have 106
+TOO_LONG = pytest.mark.parametrize("size", [LONGEST + 1, 120])
+
+def long_path(lab, size):
+    """A path of so many bytes, which nothing has."""
+    start = f"{lab.new('long')}-"
+    return Path(start + "x" * (size - len(start)))
+
+def copied(ring, to):
+    sh("sh", "-c", 'cp -a "$0" "$1" && rm -f "$1"/S.*', ring, to)
+    return to
+
+def keygen_in(world, size):
+    """keygen where the keyring's path has so many bytes."""
+    conf = private_directory(long_path(world.lab, size - len("/gpg"))) / "tariq.conf"
+    return world.lab.tariq(world.client, "keygen", "-c", conf, "me@laptop", user=NOBODY,
+                           check=False)
+
+@TOO_LONG
+def test_keygen_with_a_path_that_is_too_long_has_words_for_it(idle, size):
+    done = keygen_in(idle, size)
+    assert done.returncode == 78 and "too long" in done.stderr and str(LONGEST) in done.stderr, done
+
+def test_the_longest_path_that_gpg_agent_takes_works(idle):
+    assert "BEGIN PGP" in keygen_in(idle, LONGEST).stdout
+
+@TOO_LONG
+def test_init_with_a_path_that_is_too_long_has_words_for_it(idle, size):
+    conf = long_path(idle.lab, size - len("/.server-gpg")) / "tariq.conf"
+    done = idle.lab.tariq(idle.server, "init", "-c", conf, check=False)
+    assert done.returncode == 78 and "too long" in done.stderr and not conf.exists(), done
+
+@TOO_LONG
+def test_check_and_the_start_with_a_keyring_that_was_moved_too_deep_have_words_for_it(idle, size):
+    conf = variant(idle, server_gpg_dir=copied(idle.ring, long_path(idle.lab, size)))
+    done = idle.lab.tariq(idle.server, "check", "-c", conf, check=False)
+    assert done.returncode == 78 and "too long" in done.stderr, done
+    server = Server(idle.lab, idle.server, conf)
+    try:
+        assert server.process.wait(15) != 0 and "too long" in server.log
+    finally:
+        server.kill()
+
+@TOO_LONG
+def test_a_knock_with_a_keyring_that_was_moved_too_deep_has_words_for_it(box, size):
+    path = copied(box.me.parent / "gpg", long_path(box.lab, size))
+    fails(box, 78, "too long", options=["-g", path])
+
 # ---- other firewalls -------------------------------------------------------------------------------------------------
 
 def test_a_door_is_said_to_be_open_only_if_input_leads_to_it(idle):
