@@ -3556,9 +3556,7 @@ def image(packages):
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once need one image
         if not made.exists():
             print(f"making a Debian 13 in {made}", flush=True)
-            for old in IMAGES.iterdir():
-                if old.is_dir():  # of another recipe, or not finished
-                    shutil.rmtree(old)  # a machine that uses it holds its files open
+            shutil.rmtree(making, ignore_errors=True)  # of a run that was ended
             making.mkdir()
             targets = sh("apt-get", "indextargets", "--format", "$(REPO_URI)",
                          "Created-By: Packages").stdout.splitlines()
