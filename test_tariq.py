@@ -5850,9 +5850,7 @@ def image(packages):
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once need one image
         if not made.exists():
             print(f"making a Debian 13 in {made}", flush=True)
-            for old in IMAGES.iterdir():
-                if old.is_dir():  # of another recipe, or not finished
-                    shutil.rmtree(old)  # a machine that uses it holds its files open
+            shutil.rmtree(making, ignore_errors=True)  # of a run that was ended
             making.mkdir()
             targets = sh("apt-get", "indextargets", "--format", "$(REPO_URI)",
                          "Created-By: Packages").stdout.splitlines()
@@ -5868,7 +5866,7 @@ class Guest:
     it ends."""
 
     def __init__(self, lab, image, key):
-        self.console = lab.dir / "console"
+        self.console = write(lab.dir / "console", "")
         sh("ip", "-n", lab.switch, "tuntap", "add", "tap0", "mode", "tap")
         sh("ip", "-n", lab.switch, "link", "set", "tap0", "master", "br0", "up")
         self.start = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-m", "1024", "-smp",
@@ -5905,12 +5903,11 @@ class Guest:
         """Wait until it has come up so many times."""
         def up():
             assert self.process.poll() is None, "qemu has ended"
-            return self.console.exists() and self.console.read_bytes().count(b"Startup finished") >= times
+            return self.console.read_bytes().count(b"Startup finished") >= times
         wait_for(up, "the machine does not come up", PATIENCE)
 
     def last_words(self, lines=80):
-        text = self.console.read_text(errors="replace") if self.console.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(self.console.read_text(errors="replace").splitlines()[-lines:])
 
 def readme(heading, number=0):
     """What the README has there to be typed."""
