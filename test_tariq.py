@@ -494,7 +494,7 @@ def started(world):
     return world.tariq
 
 @pytest.fixture
-def kept(world):
+def restored(world):
     """The world, whose configs stay as they were."""
     texts = {path: path.read_text() for path in (world.conf, world.me)}
     yield world
@@ -502,24 +502,24 @@ def kept(world):
         write(path, text, path.parent.stat().st_uid)
 
 @pytest.fixture
-def idle(kept):
+def idle(restored):
     """The world while no server runs."""
-    if kept.tariq:
-        assert kept.tariq.stop() == 0
-        kept.tariq = None
-    return kept
+    if restored.tariq:
+        assert restored.tariq.stop() == 0
+        restored.tariq = None
+    return restored
 
 @pytest.fixture
-def box(kept):
+def live(restored):
     """The world with a running server and every door closed, before and after."""
-    if not kept.tariq or kept.tariq.process.poll() is not None:
-        started(kept)
-    before = len(kept.tariq.log)
-    yield kept
-    assert kept.tariq.process.poll() is None, kept.tariq.log
-    if ": opened " in kept.tariq.log[before:]:  # what it remembers is no other test's
-        assert kept.tariq.stop() == 0
-        kept.tariq = None
+    if not restored.tariq or restored.tariq.process.poll() is not None:
+        started(restored)
+    before = len(restored.tariq.log)
+    yield restored
+    assert restored.tariq.process.poll() is None, restored.tariq.log
+    if ": opened " in restored.tariq.log[before:]:  # what it remembers is no other test's
+        assert restored.tariq.stop() == 0
+        restored.tariq = None
 
 SOME_PORTS = " ".join(map(str, [*range(20, 60), *range(2000, 2060), 8022]))
 
@@ -1086,40 +1086,40 @@ def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
 
 # ---- both sides prove who they are: the exchange, spoken by the peer -----------------------------
 
-def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(box):
+def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(live):
     """Replies are under a key that only who unsealed the request has: nothing under K or with another label is one."""
-    peer = Peer(box, "O", "22/tcp").seal()
+    peer = Peer(live, "O", "22/tcp").seal()
     peer.send(peer.frames())
     payload = peer.socket.recv(2048)
     challenge = open_frame(peer.reply_key, b"challenge", payload)
-    assert challenge[34:].decode() == box.client.ip and open_frame(peer.K, b"challenge", payload) is None
+    assert challenge[34:].decode() == live.client.ip and open_frame(peer.K, b"challenge", payload) is None
     assert open_frame(peer.K, b"result", payload) is open_frame(peer.reply_key, b"result", payload) is None
     peer.answer(challenge[:32])
     result = peer.hear(b"result")
-    assert result[:2] == b"\x01\x00" and result[2:].decode().startswith(f"opened tcp/22 for {box.client.ip} until ")
-    assert len(box.server.rules()) == 1
-    assert Peer(box, "E", "echo", "hi").knock() == b"\x01\x00hi\n"
-    assert Peer(box, "O", "23/tcp").knock()[:2] == b"\x00\x4d"
+    assert result[:2] == b"\x01\x00" and result[2:].decode().startswith(f"opened tcp/22 for {live.client.ip} until ")
+    assert len(live.server.rules()) == 1
+    assert Peer(live, "E", "echo", "hi").knock() == b"\x01\x00hi\n"
+    assert Peer(live, "O", "23/tcp").knock()[:2] == b"\x00\x4d"
 
-def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repeats_start_no_gpg(box):
-    good = Peer(box).request
+def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repeats_start_no_gpg(live):
+    good = Peer(live).request
     changes = [{"to": good["to"].lower()}, {"to": None}, {"to": "0" * 40}, {"k": "00" * 32}, {"k": None},
                {"k": "00" * 65}, {"cmd": None}, {"cmd": []}, {"cmd": "Eid"}, {"cmd": ["O", 22]}, {"cmd": ["O", ["22"]]},
                {"cmd": ["E", "a\nb"]}]
     hostile = [b"", b"null", b"[]", b"{}", b"1", b"\xff\xfe", b"[" * 484, b'{"a":' * 90, b"9" * 484, b"NaN",
                b'{"to":"\\ud800"}', *(json.dumps({**good, **change}).encode() for change in changes)]
     for png in (*map(make_png, random.Random(5).sample(hostile, 12)), b"x" * 4000):
-        peer, before = Peer(box).seal(png), box.tariq.log.count("knock refused")
+        peer, before = Peer(live).seal(png), live.tariq.log.count("knock refused")
         peer.send(peer.frames())
-        wait_for(lambda: box.tariq.log.count("knock refused") > before, png)  # noqa: B023
+        wait_for(lambda: live.tariq.log.count("knock refused") > before, png)  # noqa: B023
         assert peer.hear(b"challenge", 0) is None
     for _ in range(5):
         peer.send(peer.frames())
-    assert Peer(box).knock()[:1] == b"\x01"  # those five came before it
-    assert box.tariq.log.count("knock refused") == before + 1
+    assert Peer(live).knock()[:1] == b"\x01"  # those five came before it
+    assert live.tariq.log.count("knock refused") == before + 1
 
-def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(box):
-    peer = Peer(box).seal()
+def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(live):
+    peer = Peer(live).seal()
     peer.send(peer.frames())
     nonce = peer.hear(b"challenge")[:32]
     def the_challenge_comes_again():
@@ -1129,39 +1129,40 @@ def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(box):
         assert the_challenge_comes_again()
     for _ in range(2):
         peer.send([(peer.ports[-1], make_frame(peer.K, b"knock", bytes([5]) + peer.id))])
-        assert the_challenge_comes_again() and box.server.rules() == []
-        peer.answer(nonce, box.other.inside(socket.socket, *UDP))  # right, but from another address
+        assert the_challenge_comes_again() and live.server.rules() == []
+        peer.answer(nonce, live.other.inside(socket.socket,
+            *UDP))  # right, but from another address
     peer.answer(nonce)
-    assert peer.hear(b"result")[:1] == b"\x01" and len(box.server.rules()) == 1
-    again = box.tariq.log.count(": opened")
+    assert peer.hear(b"result")[:1] == b"\x01" and len(live.server.rules()) == 1
+    again = live.tariq.log.count(": opened")
     peer.answer(nonce)
-    assert peer.hear(b"result")[:1] == b"\x01" and box.tariq.log.count(": opened") == again, "said, not done again"
+    assert peer.hear(b"result")[:1] == b"\x01" and live.tariq.log.count(": opened") == again, "said, not done again"
 
-def test_the_first_last_fragment_says_whose_knock_it_is(box):
+def test_the_first_last_fragment_says_whose_knock_it_is(live):
     """A sniffer who has the secret sends the last fragment again, from his address, while the knock is collected."""
-    peer, thief = Peer(box).seal(), Peer(box, host=box.other)
+    peer, thief = Peer(live).seal(), Peer(live, host=live.other)
     *first, last = peer.frames()
     for sender, frames in ((peer, [last]), (thief, [peer.frames()[-1]]), (peer, first)):
         sender.send(frames)
-        wait_for(lambda: waiting(box.tariq.listener) == 0, "the listener reads nothing")
-    assert peer.hear(b"challenge")[34:].decode() == box.client.ip
-    all_is_handled(box)
+        wait_for(lambda: waiting(live.tariq.listener) == 0, "the listener reads nothing")
+    assert peer.hear(b"challenge")[34:].decode() == live.client.ip
+    all_is_handled(live)
     assert peer.hear(b"challenge", 0, thief.socket) is None
 
-def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_refused(box):
-    old = Peer(box, conf=second_client(box, "aged", algorithm="future-default", options=at_time(-86400)))
+def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_refused(live):
+    old = Peer(live, conf=second_client(live, "aged", algorithm="future-default", options=at_time(-86400)))
     then = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
     old.seal(None, *then, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
-    wait_for(lambda: re.search("signed it 6[6-9]. s ago", box.tariq.log), "it is not refused")
-    other, elsewhere = Peer(box).seal(), Peer(box, to="0" * 40).seal()
+    wait_for(lambda: re.search("signed it 6[6-9]. s ago", live.tariq.log), "it is not refused")
+    other, elsewhere = Peer(live).seal(), Peer(live, to="0" * 40).seal()
     other.send(other.frames(knock_id=os.urandom(12)))
     elsewhere.send(elsewhere.frames())
-    box.tariq.wait_log("for another server or knock", 2)
-    late, early = Peer(box).seal(), Peer(box).seal()
+    live.tariq.wait_log("for another server or knock", 2)
+    late, early = Peer(live).seal(), Peer(live).seal()
     late.send(late.frames(62))
     early.send(early.frames(-120))  # a minute for a slow machine
-    all_is_handled(box)
-    assert Peer(box).knock()[:1] == b"\x01"
+    all_is_handled(live)
+    assert Peer(live).knock()[:1] == b"\x01"
     assert [peer.hear(b"challenge", 0) for peer in (old, other, elsewhere, late,
         early)] == [None] * 5
 
@@ -1191,14 +1192,14 @@ def test_a_result_is_repeated_for_ten_seconds_to_whoever_asks_again_and_not_afte
             assert server.log.count(": opened") == 1, "it acts once"
 
 @pytest.fixture
-def strict(kept):
+def strict(restored):
     """The world with a running server of its own, whose gpg has no more time than Tariq gives it."""
-    world = SimpleNamespace(**vars(kept))
-    if kept.tariq:
-        assert kept.tariq.stop() == 0
-        kept.tariq = None
-    program = kept.lab.program(f"tariq.UNSEAL_TIME = {tariq.UNSEAL_TIME}")
-    with serving(kept, program=program) as world.tariq:
+    world = SimpleNamespace(**vars(restored))
+    if restored.tariq:
+        assert restored.tariq.stop() == 0
+        restored.tariq = None
+    program = restored.lab.program(f"tariq.UNSEAL_TIME = {tariq.UNSEAL_TIME}")
+    with serving(restored, program=program) as world.tariq:
         yield world
 
 def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(strict):
@@ -1231,81 +1232,81 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(str
 
 # ---- a knock opens one port for one address, and runs what it may --------------------------------
 
-def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(box):
+def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(live):
     def scan():
         """Every port of the server, as nmap on a third host sees it."""
-        report = box.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000", "--max-retries", "0",
-                               "-oG", "-", box.server.ip).stdout
+        report = live.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000", "--max-retries", "0",
+                               "-oG", "-", live.server.ip).stdout
         assert "Ports:" not in report or "/open/" not in report and "/closed/" not in report, report
     scan()
-    assert not box.client.connects(box.server.ip)
-    done = knock(box)
+    assert not live.client.connects(live.server.ip)
+    done = knock(live)
     assert done.returncode == 0 and done.stderr == ""
-    assert re.fullmatch(rf"opened tcp/22 on box for {box.client.ip} until \d\d:\d\d:\d\dZ\n", done.stdout)
-    assert box.client.connects(box.server.ip) and not box.other.connects(box.server.ip)
+    assert re.fullmatch(rf"opened tcp/22 on box for {live.client.ip} until \d\d:\d\d:\d\dZ\n", done.stdout)
+    assert live.client.connects(live.server.ip) and not live.other.connects(live.server.ip)
     scan()
-    assert opens(box, "C", "22") == f"closed tcp/22 on box for {box.client.ip}\n"
-    assert not box.client.connects(box.server.ip)
+    assert opens(live, "C", "22") == f"closed tcp/22 on box for {live.client.ip}\n"
+    assert not live.client.connects(live.server.ip)
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 @pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
-def test_all_transports_knock_over_both_families(box, transport, where):
-    address, own = (box.server.ip, box.client.ip) if where == "box" else (box.server.ip6, box.client.ip6)
-    done = knock(box, where=where, transport=transport, options=["-v"])
-    assert f"opened tcp/22 on {where} for {own} until" in done.stdout, done.stderr + box.tariq.log
+def test_all_transports_knock_over_both_families(live, transport, where):
+    address, own = (live.server.ip, live.client.ip) if where == "box" else (live.server.ip6, live.client.ip6)
+    done = knock(live, where=where, transport=transport, options=["-v"])
+    assert f"opened tcp/22 on {where} for {own} until" in done.stdout, done.stderr + live.tariq.log
     assert f"by {transport}" in done.stderr
-    assert box.client.connects(address) and not box.other.connects(address)
-    opens(box, "C", "22", where=where, transport=transport)
-    assert not box.client.connects(address)
+    assert live.client.connects(address) and not live.other.connects(address)
+    opens(live, "C", "22", where=where, transport=transport)
+    assert not live.client.connects(address)
 
-def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(box):
+def test_without_transport_a_client_takes_turns_kernel_first_also_as_root(live):
     for user in (None, NOBODY):
-        done = knock(box, "C", "22", user=user, options=["-v"])
+        done = knock(live, "C", "22", user=user, options=["-v"])
         assert "by kernel" in done.stderr and "by udp" not in done.stderr and done.returncode == 0
-    edit(box.me, (box.server.ip, "198.51.100.99"))
-    with knocking(box, "C", "22", options=["-v"]) as turns:
+    edit(live.me, (live.server.ip, "198.51.100.99"))
+    with knocking(live, "C", "22", options=["-v"]) as turns:
         said = itertools.islice(filter(re.compile("by (kernel|udp)").search, turns.stderr), 4)
         assert re.findall("by (kernel|udp)", "".join(said)) == ["kernel", "udp"] * 2
 
-def test_hosts_are_names_aliases_or_literal_addresses(box):
-    text = box.me.read_text().replace(f"host = {box.server.ip}\n", "")
-    names = "".join(f"{ip} box.example.com\n" for ip in (box.server.ip6, box.server.ip))
-    hosts = write(box.lab.new("hosts"), f"127.0.0.1 localhost\n{names}", mode=0o644)
+def test_hosts_are_names_aliases_or_literal_addresses(live):
+    text = live.me.read_text().replace(f"host = {live.server.ip}\n", "")
+    names = "".join(f"{ip} box.example.com\n" for ip in (live.server.ip6, live.server.ip))
+    hosts = write(live.lab.new("hosts"), f"127.0.0.1 localhost\n{names}", mode=0o644)
     covered = "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', hosts, *as_user(NOBODY)
-    for name, options, own in (("box.example.com", ["-4"], box.client.ip), (box.server.ip, [],
-        box.client.ip),
-                               ("box.example.com", ["-6"], box.client.ip6), (box.server.ip6, [],
-                               box.client.ip6)):
-        box.me.write_text(text.replace("[box]", f"[{name}]"))
-        done = box.client.run(*covered, *knock_words(box, where=name, options=options))
+    for name, options, own in (("box.example.com", ["-4"], live.client.ip), (live.server.ip, [],
+        live.client.ip),
+                               ("box.example.com", ["-6"], live.client.ip6), (live.server.ip6, [],
+                               live.client.ip6)):
+        live.me.write_text(text.replace("[box]", f"[{name}]"))
+        done = live.client.run(*covered, *knock_words(live, where=name, options=options))
         assert f"on {name} for {own}" in done.stdout
-    fails(box, NO_ANSWER, box.server.ip6, where=box.server.ip6, options=["-4"])
+    fails(live, NO_ANSWER, live.server.ip6, where=live.server.ip6, options=["-4"])
 
-def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(box):
-    assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(box, "O", "22", "8022", "53/udp")
-    rules = box.server.rules()
-    assert len(rules) == 3 and all(f"-s {box.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
+def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(live):
+    assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(live, "O", "22", "8022", "53/udp")
+    rules = live.server.rules()
+    assert len(rules) == 3 and all(f"-s {live.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
     assert sum("-p udp" in rule and "--dport 53 " in rule for rule in rules) == 1
     time.sleep(1.1)
-    opens(box, "O", "22", "53/udp")
-    renewed = box.server.rules()
+    opens(live, "O", "22", "53/udp")
+    renewed = live.server.rules()
     assert len(renewed) == 3 and renewed != rules, "the deadline is renewed, the rule is not doubled"
-    opens(box, "C", "22", "53/udp", "8022")
-    assert box.server.rules() == []
-    assert "tcp/22 was shut already" in opens(box, "C", "22")
-    before = box.tariq.log.count("+ iptables -w 5 -A")
-    assert "opened tcp/22 on box" in opens(box, "O", "22", "22/tcp", "22")
-    assert box.tariq.log.count("+ iptables -w 5 -A") == before + 1, "a port that is named twice is one door"
+    opens(live, "C", "22", "53/udp", "8022")
+    assert live.server.rules() == []
+    assert "tcp/22 was shut already" in opens(live, "C", "22")
+    before = live.tariq.log.count("+ iptables -w 5 -A")
+    assert "opened tcp/22 on box" in opens(live, "O", "22", "22/tcp", "22")
+    assert live.tariq.log.count("+ iptables -w 5 -A") == before + 1, "a port that is named twice is one door"
 
-def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(box):
-    assert opens(box, "E", "id", "-u") == "0\n"
+def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(live):
+    assert opens(live, "E", "id", "-u") == "0\n"
     words = "$(id) `id`; id | cat > /tmp/x && * 'quoted' -n --".split()
-    assert opens(box, "E", "echo", *words) == " ".join(words) + "\n"
+    assert opens(live, "E", "echo", *words) == " ".join(words) + "\n"
     for words, status, said in ((["false"], 1, ""), (["sh", "-c", "echo out; echo err >&2; exit 7"], 7, "out\nerr\n"),
                                 (["sh", "-c", "kill -9 $$"], 137, ""), (["nonexistent-program"], 127, "No such file")):
-        done = knock(box, "E", *words)
+        done = knock(live, "E", *words)
         assert done.returncode == status and said in done.stdout, done
-    environment = opens(box, "E", "sh", "-c", "env; pwd; cat; echo $TZ")  # with an empty stdin
+    environment = opens(live, "E", "sh", "-c", "env; pwd; cat; echo $TZ")  # with an empty stdin
     assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n\n")
 
 def nap_of_our_own():
@@ -1316,17 +1317,17 @@ def napping(world, nap):
     """The pids of those who sleep it."""
     return world.server.run("pgrep", "-f", f"^{nap}$", check=False).stdout.split()
 
-def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_doors_nor_other_knocks(box):
-    with knocking(box, "E", "sleep", "60") as slow:
-        box.tariq.wait_log("+ sleep 60")
-        opens(box), opens(box, "E", "echo", "hi")
+def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_doors_nor_other_knocks(live):
+    with knocking(live, "E", "sleep", "60") as slow:
+        live.tariq.wait_log("+ sleep 60")
+        opens(live), opens(live, "E", "echo", "hi")
         assert slow.wait(LONG) == 137
-    assert knock(box, "E", "yes").returncode == 137
+    assert knock(live, "E", "yes").returncode == 137
     nap = nap_of_our_own()
-    assert knock(box, "E", "sh", "-c", f"trap '' TERM; {nap} & {nap}; true").returncode == 137
-    wait_for(lambda: not napping(box, nap), "its children stay")
-    assert opens(box, "E", "head", "-c", "100000", "/dev/zero") == "\0" * 1164
-    assert opens(box, "E", "sh", "-c", "sleep 30 & echo started") == "started\n", "what it leaves behind holds the pipe"
+    assert knock(live, "E", "sh", "-c", f"trap '' TERM; {nap} & {nap}; true").returncode == 137
+    wait_for(lambda: not napping(live, nap), "its children stay")
+    assert opens(live, "E", "head", "-c", "100000", "/dev/zero") == "\0" * 1164
+    assert opens(live, "E", "sh", "-c", "sleep 30 & echo started") == "started\n", "what it leaves behind holds the pipe"
 
 def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
     os.mkfifo(gate := idle.lab.new("gate"))  # who opens it to read waits for somebody who writes
@@ -1345,80 +1346,80 @@ def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
         assert [each.wait() for each in slow] == [37] * 16
         opens(idle, "E", "echo", "hi")
 
-def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(box):
+def test_what_is_not_allowed_is_refused_with_a_signed_answer_and_logged(live):
     for words, part in (("O 23/tcp", "O 23/tcp"), ("O 22/tcp 23/tcp", "O 23/tcp"), ("O 22/udp",
         "O 22/udp"),
                         ("C 25/tcp", "C 25/tcp"), ("E reboot", "E reboot"), ("E id", "E id"),
                         ("E sleep 61", "E sleep 61")):
-        fails(box, REFUSED, f"may not {part} here", *words.split())
-        assert f"me@laptop {box.client.ip} {words}: refused" in box.tariq.log
-    assert box.server.rules() == []
+        fails(live, REFUSED, f"may not {part} here", *words.split())
+        assert f"me@laptop {live.client.ip} {words}: refused" in live.tariq.log
+    assert live.server.rules() == []
 
-def test_unknown_expired_and_revoked_keys_get_silence(box):
-    unknown, late, gone = (second_client(box, name, ("O 22", "C 22")) for name in ("deleted",
+def test_unknown_expired_and_revoked_keys_get_silence(live):
+    unknown, late, gone = (second_client(live, name, ("O 22", "C 22")) for name in ("deleted",
         "expired", "revoked"))
     for path in (unknown, late, gone):
-        opens(box, conf=path), opens(box, "C", "22", conf=path)
+        opens(live, conf=path), opens(live, "C", "22", conf=path)
     ids = {path: fingerprint(path.parent / "gpg", f"{path.parent.name}@example.com") for path in (unknown, late, gone)}
-    gpg(box.ring, "--delete-keys", ids[unknown])  # though still in [allow]
+    gpg(live.ring, "--delete-keys", ids[unknown])  # though still in [allow]
     gpg(late.parent / "gpg", "--quick-set-expire", ids[late], "seconds=1")
-    gpg(box.ring, "--import", input=gpg(late.parent / "gpg", "--armor", "--export", ids[late]).stdout)
+    gpg(live.ring, "--import", input=gpg(late.parent / "gpg", "--armor", "--export", ids[late]).stdout)
     time.sleep(1)  # the client's own copy is good again, by a later signature: else its gpg would refuse to sign
     gpg(late.parent / "gpg", "--quick-set-expire", ids[late], "0")
     certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{ids[gone]}.rev").read_text()  # gpg makes one for each
-    gpg(box.ring, "--import", input=certificate.replace(":-----BEGIN", "-----BEGIN"))
+    gpg(live.ring, "--import", input=certificate.replace(":-----BEGIN", "-----BEGIN"))
     time.sleep(1.5)
     not_there = f"{ids[unknown][-16:]}, or a new subkey of it is not in the server's keyring"
     for path, words in ((unknown, not_there), (late, "expired@example.com, is expired"),
                         (gone, "revoked@example.com, is revoked")):
-        seen = box.tariq.log.count("knock refused")
-        with captured(box.server, outgoing=True) as packets:
-            fails(box, NO_ANSWER, "No answer from box", conf=path, timeout=2)
-            box.tariq.wait_log("knock refused", seen + 1)
+        seen = live.tariq.log.count("knock refused")
+        with captured(live.server, outgoing=True) as packets:
+            fails(live, NO_ANSWER, "No answer from box", conf=path, timeout=2)
+            live.tariq.wait_log("knock refused", seen + 1)
         assert not any(packet.payload for packet in packets), "not a byte in answer"
-        assert box.tariq.log.count("knock refused") == seen + 1 and words in box.tariq.log
-    assert box.server.rules() == []
+        assert live.tariq.log.count("knock refused") == seen + 1 and words in live.tariq.log
+    assert live.server.rules() == []
 
-def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(box):
-    conf, words = second_client(box, "stranger", ("O 8022", "C 8022")), ("O", "8022")
-    fails(box, REFUSED, "may not C 22/tcp", "C", "22", conf=conf)
-    text, log = box.conf.read_text(), box.tariq.log
-    box.conf.write_text(text.replace("[allow stranger@example.com]", "[allow stranger"))
-    opens(box, *words, conf=conf)  # the last whole config holds
-    assert box.tariq.log.removeprefix(log).count("is no INI file") == 1, "the log says why"
-    box.conf.write_text(f"{text}\n[allow twin]\nkey = {'0' * 40}\n[allow other]\nkey = "
+def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(live):
+    conf, words = second_client(live, "stranger", ("O 8022", "C 8022")), ("O", "8022")
+    fails(live, REFUSED, "may not C 22/tcp", "C", "22", conf=conf)
+    text, log = live.conf.read_text(), live.tariq.log
+    live.conf.write_text(text.replace("[allow stranger@example.com]", "[allow stranger"))
+    opens(live, *words, conf=conf)  # the last whole config holds
+    assert live.tariq.log.removeprefix(log).count("is no INI file") == 1, "the log says why"
+    live.conf.write_text(f"{text}\n[allow twin]\nkey = {'0' * 40}\n[allow other]\nkey = "
         f"{'0' * 40}\n")
-    opens(box, *words, conf=conf)  # which of the two is whose is their fault alone
-    assert all(f"[{name}] key is that of" in box.tariq.log for name in ("allow twin",
+    opens(live, *words, conf=conf)  # which of the two is whose is their fault alone
+    assert all(f"[{name}] key is that of" in live.tariq.log for name in ("allow twin",
         "allow other"))
     for owner, mode in (*((0, mode) for mode in (0o644, 0o640, 0o604, 0o620, 0o666)), (NOBODY, 0o600)):
-        log = box.tariq.log
-        write(box.conf, text.replace("O 8022", "O 1"), owner,
+        log = live.tariq.log
+        write(live.conf, text.replace("O 8022", "O 1"), owner,
             mode)  # root obeys a file that is its own alone
-        opens(box, *words, conf=conf)
-        assert box.tariq.log.removeprefix(log).count("is open to others: chmod 600") == 1
-        write(box.conf, text)
-    opens(box, *words, conf=conf), opens(box, "C", "8022", conf=conf)
-    box.conf.write_text(re.sub(r"(?ms)^\[allow stranger.*?(?=^\[|\Z)", "", text))
-    fails(box, REFUSED, "may not O 8022/tcp", *words, conf=conf)
-    assert box.server.rules() == []
+        opens(live, *words, conf=conf)
+        assert live.tariq.log.removeprefix(log).count("is open to others: chmod 600") == 1
+        write(live.conf, text)
+    opens(live, *words, conf=conf), opens(live, "C", "8022", conf=conf)
+    live.conf.write_text(re.sub(r"(?ms)^\[allow stranger.*?(?=^\[|\Z)", "", text))
+    fails(live, REFUSED, "may not O 8022/tcp", *words, conf=conf)
+    assert live.server.rules() == []
 
 OWN = "socket.socket.getsockname = lambda _: ({!r},)\n"  # what the client's kernel says of its address
 
-def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(box):
+def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(live):
     """By a man in the middle, from his own address, which the challenge names. Behind NAT nobody can know."""
-    fails(box, 76, f"The server sees {box.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
-    fails(box, 76, f"--address {box.client.ip}", change=OWN.format("64:ff9b::cb00:714d"))
-    assert box.server.rules() == []
+    fails(live, 76, f"The server sees {live.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
+    fails(live, 76, f"--address {live.client.ip}", change=OWN.format("64:ff9b::cb00:714d"))
+    assert live.server.rules() == []
     for own in ("192.168.7.7", "100.64.0.7", "fe80::7", "fd00::7"):
-        opens(box, change=OWN.format(own))
+        opens(live, change=OWN.format(own))
 
 @pytest.mark.parametrize("algorithm", ["rsa2048", "rsa3072"])
-def test_rsa_keys_fit_their_packets(box, algorithm):
-    conf = second_client(box, algorithm, ("O 22", "E head *"), algorithm)
-    with captured(box.server) as packets:
-        assert "opened tcp/22" in opens(box, conf=conf)
-        assert len(opens(box, "E", "head", "-c", "3000", "/dev/zero", conf=conf)) == 1164
+def test_rsa_keys_fit_their_packets(live, algorithm):
+    conf = second_client(live, algorithm, ("O 22", "E head *"), algorithm)
+    with captured(live.server) as packets:
+        assert "opened tcp/22" in opens(live, conf=conf)
+        assert len(opens(live, "E", "head", "-c", "3000", "/dev/zero", conf=conf)) == 1164
     assert 1200 < max(len(packet.frame) for packet in packets) <= 1280 + 14, "what IPv6's least MTU takes"
 
 def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
@@ -1435,31 +1436,31 @@ def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
 
 # ---- nothing to find: strangers get no answer, and what passes looks random ----------------------
 
-def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(box):
-    opens(box, "C", "22")  # neighbours know each other now: few packets may wait for that
-    noise, before = box.client.inside(socket.socket, *UDP), box.tariq.log
-    link = link_header(box.client, box.server)
-    with captured(box.server) as packets:
+def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(live):
+    opens(live, "C", "22")  # neighbours know each other now: few packets may wait for that
+    noise, before = live.client.inside(socket.socket, *UDP), live.tariq.log
+    link = link_header(live.client, live.server)
+    with captured(live.server) as packets:
         for size in (1, 40, 46, 900, 898, 1160):
-            inject(box.client, [garbage_syn(link, box.client.ip, box.server.ip, port, size) for port in box.ports], 20)
+            inject(live.client, [garbage_syn(link, live.client.ip, live.server.ip, port, size) for port in live.ports], 20)
             for number in range(200):
-                noise.sendto(os.urandom(size), (box.server.ip, box.ports[number % 5]))
-            wait_for(lambda: waiting(box.tariq.listener) == 0, "the listener reads nothing")
-        all_is_handled(box)
+                noise.sendto(os.urandom(size), (live.server.ip, live.ports[number % 5]))
+            wait_for(lambda: waiting(live.tariq.listener) == 0, "the listener reads nothing")
+        all_is_handled(live)
     packets = [packet for packet in packets if packet.frame[12:14] == b"\x08\0"]
     assert len([packet for packet in packets if packet.payload]) >= 6 * 300, "they arrived"
     assert not any(packet.outgoing for packet in packets), "no answer"
-    said = box.tariq.log.removeprefix(before)
-    assert re.fullmatch(rf"listener: {box.other.ip}: knock refused: .*\n",
+    said = live.tariq.log.removeprefix(before)
+    assert re.fullmatch(rf"listener: {live.other.ip}: knock refused: .*\n",
         said), "nor a line in the log"
 
-def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
-    with captured(box.server) as packets:
+def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(live):
+    with captured(live.server) as packets:
         for turn in range(50):
-            opens(box, "O" if turn % 2 else "C", "22", transport=("kernel", "udp")[turn % 2])
+            opens(live, "O" if turn % 2 else "C", "22", transport=("kernel", "udp")[turn % 2])
     # A kernel that has to wait sends its segment again, at the same place of the same connection: that counts once.
     payloads = [payload for _, payload in {(each.frame[34:42] if each.frame[23] == 6 else each.time, each.payload)
-                for each in packets if each.payload and {each.source, each.port} & set(box.ports)}]
+                for each in packets if each.payload and {each.source, each.port} & set(live.ports)}]
     assert len(payloads) >= 50 * 8 and len(set(payloads)) == len(payloads), "no two are alike"
     everything = b"".join(payloads)
     for marker in (b"\x89PNG", b"IHDR", b"IDAT", b"IEND", b"-----BEGIN", b"OpenPGP", b"example", b"laptop"):
@@ -1476,12 +1477,12 @@ def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(box):
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 @pytest.mark.parametrize("transport", ["kernel", "udp"])
-def test_replies_look_like_linuxs_own(box, where, transport):
+def test_replies_look_like_linuxs_own(live, where, transport):
     """DF and a zero id in SYN-ACK and UDP, a random id in the connection; Linux's options, windows, flow label."""
     six = where == "box6"
-    with captured(box.server, outgoing=True) as packets:
+    with captured(live.server, outgoing=True) as packets:
         once = f"tariq.WAIT = {LONG}"  # no repeats
-        opens(box, "C", "22", where=where, transport=transport, change=once)
+        opens(live, "C", "22", where=where, transport=transport, change=once)
     replies = [packet.frame[14:] for packet in packets if packet.payload]
     assert len(replies) == 2, "a challenge and a result"
     for number, ip in enumerate(replies):
@@ -1500,11 +1501,11 @@ def test_replies_look_like_linuxs_own(box, where, transport):
             assert options == b"" and tcp[13] == 0x18 and window == 501
 
 @pytest.mark.parametrize("where", ["box", "box6"])
-def test_a_crafted_syn_looks_like_linuxs_with_a_fast_open_cookie(box, where):
+def test_a_crafted_syn_looks_like_linuxs_with_a_fast_open_cookie(live, where):
     six, syns = where == "box6", {}
     for transport in ("kernel", "crafted"):
-        with captured(box.client, outgoing=True) as packets:
-            opens(box, "C", "22", where=where, transport=transport)
+        with captured(live.client, outgoing=True) as packets:
+            opens(live, "C", "22", where=where, transport=transport)
         syns[transport] = [packet.frame[14:] for packet in packets if packet.payload and packet.flags == 2]
         ids = {syn[4:6] for syn in syns[transport]}
         assert six or len(ids - {b"\0\0"}) >= 4, f"{transport}: a connection's packets have a random id"
@@ -1515,10 +1516,10 @@ def test_a_crafted_syn_looks_like_linuxs_with_a_fast_open_cookie(box, where):
         assert options[:14] == b"\2\4" + mss + b"\1\1\4\2\1\3\3\7\x22\x0a" and options[22:] == b"\1\1"
     assert len({tcp[34:42] for tcp in tcps}) == len(tcps) >= 5, "RFC 7413: a cookie is of 8 bytes here, no two alike"
 
-def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
+def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(live):
     """Somebody with the shared secret and no key: knocks that are whole and authentic and carry junk."""
-    before, stop, sent = rss(box.tariq.listener), threading.Event(), []
-    insider = Peer(box, host=box.other)
+    before, stop, sent = rss(live.tariq.listener), threading.Event(), []
+    insider = Peer(live, host=live.other)
     def flood():
         while not stop.wait(0.002):
             insider.sealed, knock_id = os.urandom(4250), os.urandom(12)
@@ -1530,21 +1531,21 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(box):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(flood)
         try:
-            box.tariq.wait_log(f"{box.other.ip}: knock refused")
+            live.tariq.wait_log(f"{live.other.ip}: knock refused")
             for _ in range(8):
-                opens(box)
+                opens(live)
             wait_for(lambda: len(sent) > 300, "the insider is too slow")
         finally:
             stop.set()
     assert not select.select([insider.socket], [], [], 0)[0], "no packet came to the insider"
     # Its memory of 65,536 frames is 15 MB, as full as time lets it become.
-    assert box.server.rules()[0].count(box.client.ip) == 1 and rss(box.tariq.listener) - before < 20 + 15, "MB"
+    assert live.server.rules()[0].count(live.client.ip) == 1 and rss(live.tariq.listener) - before < 20 + 15, "MB"
 
 # ---- disorder, duplicates, NAT, tunnels, several at once -----------------------------------------
 
 @pytest.mark.parametrize("order", ["reversed", "doubled", "shuffled", "halves"])
-def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
-    peer = Peer(box).seal()
+def test_fragments_may_arrive_in_any_order_and_more_than_once(live, order):
+    peer = Peer(live).seal()
     frames = peer.frames()
     sent = {"reversed": frames[::-1], "doubled": sorted(frames + peer.frames()), "shuffled": random.sample(frames, 5),
             "halves": frames[3:] + frames[:3]}[order]
@@ -1552,13 +1553,13 @@ def test_fragments_may_arrive_in_any_order_and_more_than_once(box, order):
         peer.send(part)
         time.sleep(0.1 if order == "halves" else 0)
     peer.answer(peer.hear(b"challenge")[:32])
-    assert peer.hear(b"result")[:1] == b"\x01" and len(box.server.rules()) == 1
+    assert peer.hear(b"result")[:1] == b"\x01" and len(live.server.rules()) == 1
 
-def test_a_wrong_sequence_of_ports_never_assembles(box):
-    ports = ",".join(map(str, [box.ports[1], box.ports[0], *box.ports[2:]]))
-    fails(box, NO_ANSWER, "No answer from box", timeout=1, options=["-p", ports])
-    all_is_handled(box)
-    assert box.server.rules() == []
+def test_a_wrong_sequence_of_ports_never_assembles(live):
+    ports = ",".join(map(str, [live.ports[1], live.ports[0], *live.ports[2:]]))
+    fails(live, NO_ANSWER, "No answer from box", timeout=1, options=["-p", ports])
+    all_is_handled(live)
+    assert live.server.rules() == []
 
 @pytest.fixture(scope="module")
 def router(world):
@@ -1585,23 +1586,23 @@ def router(world):
     return router
 
 @pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
-def test_the_exchange_passes_a_stateful_nat_router(box, router, transport):
-    assert f"for {router.ip} until" in opens(box, host=router.homes[0], transport=transport)
-    assert router.homes[0].connects(box.server.ip) and not box.other.connects(box.server.ip)
+def test_the_exchange_passes_a_stateful_nat_router(live, router, transport):
+    assert f"for {router.ip} until" in opens(live, host=router.homes[0], transport=transport)
+    assert router.homes[0].connects(live.server.ip) and not live.other.connects(live.server.ip)
 
-def test_two_clients_behind_one_nat_and_twelve_from_one_address_knock_at_once(box, router):
-    second = second_client(box, "neighbour", allow=("O 8022",))
+def test_two_clients_behind_one_nat_and_twelve_from_one_address_knock_at_once(live, router):
+    second = second_client(live, "neighbour", allow=("O 8022",))
     for _ in range(3):
-        with knocking(box, host=router.homes[0]) as one, \
-                knocking(box, "O", "8022", host=router.homes[1], conf=second) as two:
+        with knocking(live, host=router.homes[0]) as one, \
+                knocking(live, "O", "8022", host=router.homes[1], conf=second) as two:
             codes = one.wait(2 * LONG), two.wait(2 * LONG)
-            assert codes == (0, 0), one.stderr.read() + two.stderr.read() + box.tariq.log
-        rules = box.server.rules()
+            assert codes == (0, 0), one.stderr.read() + two.stderr.read() + live.tariq.log
+        rules = live.server.rules()
         assert len(rules) == 2 and all(f"-s {router.ip}/32" in rule for rule in rules)
     with ExitStack() as stack:
-        many = [stack.enter_context(knocking(box)) for _ in range(12)]
+        many = [stack.enter_context(knocking(live)) for _ in range(12)]
         assert [process.wait(2 * LONG) for process in many] == [0] * 12
-    assert len(box.server.rules()) == 3
+    assert len(live.server.rules()) == 3
 
 def can_open(path):
     with suppress(OSError):
@@ -1610,7 +1611,7 @@ def can_open(path):
     return False
 
 @pytest.mark.skipif(not can_open("/dev/net/tun"), reason="no tun devices here")
-def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(box):
+def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(live):
     """As on a VPN's or a PPP interface: IPv4 and IPv6, all transports, the least MTU of IPv6."""
     def tunnel_end():
         end = os.open("/dev/net/tun", os.O_RDWR)
@@ -1620,17 +1621,17 @@ def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(box):
         while not over.is_set():
             for source in select.select(ends, [], [], 0.1)[0]:
                 os.write(ends[source == ends[0]], os.read(source, 2000))
-    ends, over = [host.inside(tunnel_end) for host in (box.server, box.client)], threading.Event()
+    ends, over = [host.inside(tunnel_end) for host in (live.server, live.client)], threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            for host, number in ((box.server, 1), (box.client, 2)):
+            for host, number in ((live.server, 1), (live.client, 2)):
                 host.run("ip", "link", "set", "tun0", "mtu", "1280")
                 set_up_link(host, "tun0", f"203.0.113.{number}/30", f"2001:db8:9::{number}/64")
             pool.submit(carry)
-            edit(box.me, (box.server.ip6, "2001:db8:9::1"), (box.server.ip, "203.0.113.1"))
+            edit(live.me, (live.server.ip6, "2001:db8:9::1"), (live.server.ip, "203.0.113.1"))
             for transport, (where, own) in itertools.product(("kernel", "udp", "crafted"), (
                     ("box", "203.0.113.2"), ("box6", "2001:db8:9::2"))):
-                assert f"for {own} until" in opens(box, where=where, transport=transport)
+                assert f"for {own} until" in opens(live, where=where, transport=transport)
         finally:
             over.set()
     for end in ends:
@@ -1682,10 +1683,10 @@ def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_m
 
 # ---- every error is one line and a code ----------------------------------------------------------
 
-def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
-    loose = write(box.lab.new("loose"), box.me.read_text(), NOBODY, 0o644)
-    unreadable = write(box.lab.new("unreadable"), box.me.read_text())
-    (covers := box.lab.new("covers")).mkdir()
+def test_every_error_of_the_client_is_one_line_with_its_own_code(live):
+    loose = write(live.lab.new("loose"), live.me.read_text(), NOBODY, 0o644)
+    unreadable = write(live.lab.new("unreadable"), live.me.read_text())
+    (covers := live.lab.new("covers")).mkdir()
     for words, code, text in (
             (("X", "22"), 64, "X"), (("O",), 64, "a request is O PORT"), (("E",), 64,
             "a request is O PORT"),
@@ -1693,7 +1694,7 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
             (("O", "ssh"), 64, "ssh is no port"), (("E", "a\nb"), 64, "printable"),
             (("E", "echo", "x" * 900), 64, "bytes too long"), (("O", "23"), 77,
             "may not O 23/tcp")):
-        fails(box, code, text, *words)
+        fails(live, code, text, *words)
     for how, code, text in (
             (dict(options=["-p", "1,2,3"]), 64, "5 to 32"), (dict(options=["-t", "x"]), 64, "-t"),
             (dict(options=["--address", "x"]), 64, "an IP address"),
@@ -1702,37 +1703,37 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(box):
             "the keyring"),
             (dict(options=["-g", "/nonexistent"]), 69, "no keyring /nonexistent"),
             (dict(options=["--transport", "pigeon"]), 64, "pigeon"),
-            (dict(conf=box.me.parent / "none.conf"), 78, "none.conf"),
+            (dict(conf=live.me.parent / "none.conf"), 78, "none.conf"),
             (dict(conf=loose), 78, "chmod 600"), (dict(conf=unreadable), 71, "Permission denied"),
             (dict(where="unknown.example.com"), 78, "unknown.example.com is not in"),
             (dict(options=["--transport", "crafted"]), 71, "root")):
-        fails(box, code, text, **how)
-    done = box.lab.tariq(box.client, "knock", "-c", box.me, "box", user=NOBODY, check=False)
+        fails(live, code, text, **how)
+    done = live.lab.tariq(live.client, "knock", "-c", live.me, "box", user=NOBODY, check=False)
     assert done.returncode == 64 and "required" in done.stderr and done.stderr.count("\n") == 1, done
-    said = box.lab.tariq(box.client, "--help").stdout
+    said = live.lab.tariq(live.client, "--help").stdout
     assert all(f"{code} " in said for code in (0, 64, 65, 69, 70, 71, 75, 76, 77, 78))
 
-def test_a_missing_program_or_package_is_named_with_what_to_install(box):
+def test_a_missing_program_or_package_is_named_with_what_to_install(live):
     for module, how in (("PIL", dict(options=["-i", "/tmp"])), ("scapy", dict(transport="crafted"))):
-        done = knock(box, change=f"sys.modules['{module}'] = None", **how)
+        done = knock(live, change=f"sys.modules['{module}'] = None", **how)
         assert done.returncode == 69 and "apt-get install" in done.stderr and module in done.stderr
         assert done.stderr.count("\n") == 1
-    client, server = knock_words(box), [box.lab.dir / "tariq.py", "server", "-c", box.conf]
+    client, server = knock_words(live), [live.lab.dir / "tariq.py", "server", "-c", live.conf]
     for hidden, host, argv, words in (
-            ("/usr/bin/gpg", box.client, [*as_user(NOBODY), *client], "gpg"),
-            ("/usr/sbin/iptables", box.other, server, "iptables"), ("/usr/bin/gpg", box.other,
+            ("/usr/bin/gpg", live.client, [*as_user(NOBODY), *client], "gpg"),
+            ("/usr/sbin/iptables", live.other, server, "iptables"), ("/usr/bin/gpg", live.other,
             server, "gpg")):
         cover = f"mount --bind /dev/null {os.path.realpath(hidden)} && exec \"$@\""  # in a mount namespace of its own
         done = host.run("sh", "-c", cover, "sh", *argv, check=False)
         assert done.returncode in (69, 70, 71) and words in done.stderr and "Traceback" not in done.stderr, done
 
-def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(box):
-    with captured(box.server) as packets:
-        fails(box, 78, "use more secret_ports", change="tariq.PIECE_MAX = 600")
-    assert not [packet for packet in packets if packet.port in box.ports]
+def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(live):
+    with captured(live.server) as packets:
+        fails(live, 78, "use more secret_ports", change="tariq.PIECE_MAX = 600")
+    assert not [packet for packet in packets if packet.port in live.ports]
 
-def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
-    text, key = box.conf.read_text(), config_values(box.conf, "server")["server_key"]
+def test_every_error_of_the_server_is_one_line_with_its_own_code(live):
+    text, key = live.conf.read_text(), config_values(live.conf, "server")["server_key"]
     cases = [(f"server_key = {key}", "server_key = me", 78, "server_key has to be a key's "
         "fingerprint"),
              (f"server_key = {key}", "", 78, "server_key is missing"),
@@ -1743,20 +1744,20 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(box):
              ("[server]", "[server]\nopen_command = true {ip} {dport}", 78, "close_command is missing"),
              ("[server]", "[sever]", 78, "[server]"), ("[server]", "[server]", 78, "chmod 600")]
     for old, new, code, words in cases:
-        path = write(box.lab.new("variant"), text.replace(old, new), mode=0o600 if old != new else 0o644)
-        done = box.lab.tariq(box.other, "server", "-c", path, check=False)
+        path = write(live.lab.new("variant"), text.replace(old, new), mode=0o600 if old != new else 0o644)
+        done = live.lab.tariq(live.other, "server", "-c", path, check=False)
         lines = [line for line in done.stderr.splitlines() if line.startswith("tariq: ")]
         assert done.returncode == code and len(lines) == 1 and words in done.stderr, (new, done)
     for command in ("server", "init", "enroll"):
-        done = box.lab.tariq(box.other, command, "-c", box.conf, user=NOBODY, check=False)
+        done = live.lab.tariq(live.other, command, "-c", live.conf, user=NOBODY, check=False)
         assert done.returncode == 71 and "needs root: sudo" in done.stderr and done.stderr.count("\n") == 1
 
-def test_a_second_server_with_the_same_chain_does_not_start(box):
-    done = box.lab.tariq(box.server, "server", "-c", box.conf, check=False)
+def test_a_second_server_with_the_same_chain_does_not_start(live):
+    done = live.lab.tariq(live.server, "server", "-c", live.conf, check=False)
     assert done.returncode == 71 and "runs already" in done.stderr and "+ iptables" not in done.stderr
-    opens(box)
+    opens(live)
 
-def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
+def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(live):
     """Its replies are right but for their contents: changed where the client has opened them."""
     wrap = ("unframe = tariq.unframe\n"
             "def hostile(key, label, payload, least):\n"
@@ -1765,19 +1766,19 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(box):
             "    return (opened[0], data) if opened and len(data) >= least else None\n"
             "tariq.unframe = hostile")
     for data in ("opened[1][:1]", r"b'\1\0'", r"b'\1\0\xff\xfe'"):
-        done = knock(box, timeout=3, change=wrap.format(data))
+        done = knock(live, timeout=3, change=wrap.format(data))
         assert done.returncode in (0, NO_ANSWER) and "Traceback" not in done.stderr, done
     escape = wrap.format(r"opened[1].replace(b'opened', b'\x1b[2Jopened')")
-    assert opens(box, change=escape).startswith("?[2Jopened")
+    assert opens(live, change=escape).startswith("?[2Jopened")
     refused = wrap.format("opened[1][:1] + bytes([0]) + opened[1][2:]")
-    fails(box, REFUSED, "", "O", "23", change=refused)  # a refusal is one, whatever status it claims
+    fails(live, REFUSED, "", "O", "23", change=refused)  # a refusal is one, whatever status it claims
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
-    fails(box, 76, "", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
+    fails(live, 76, "", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
 
 # ---- init, keygen, enroll, join ------------------------------------------------------------------
 
-def enroll(box, key, *options, check=True):
-    return box.lab.tariq(box.server, "enroll", "-c", box.conf, *options, input=key, check=check)
+def enroll(live, key, *options, check=True):
+    return live.lab.tariq(live.server, "enroll", "-c", live.conf, *options, input=key, check=check)
 
 def key_with_a_hidden_one(ring, public, hidden):
     """An armored public key whose names gpg lists in more than 64 KiB, and behind them the secret key of another."""
@@ -1789,109 +1790,109 @@ def key_with_a_hidden_one(ring, public, hidden):
     text = base64.encodebytes(blob).decode()
     return f"-----BEGIN PGP PUBLIC KEY BLOCK-----\n\n{text}-----END PGP PUBLIC KEY BLOCK-----\n"
 
-def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(box):
-    ring = box.lab.new("impostor")
+def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(live):
+    ring = live.lab.new("impostor")
     ring.mkdir(0o700)
     for user in ("Mallory <me@laptop>", "mallory@example.com"):
         generate(ring, user)
     def keys():
-        return re.findall("(?m)^pub.*", gpg(box.ring, "--with-colons", "--list-keys").stdout)
+        return re.findall("(?m)^pub.*", gpg(live.ring, "--with-colons", "--list-keys").stdout)
     def exported(*words):
         return gpg(ring, "--armor", *words).stdout
-    text, before, key = box.conf.read_text(), keys(), exported("--export", "<me@laptop>")
+    text, before, key = live.conf.read_text(), keys(), exported("--export", "<me@laptop>")
     for given, words in ((key, "me@laptop is another client's name"), (exported("--export"),
         "One public key"),
                          (exported("--export", "nobody"), "One public key"),
                          (exported("--export-secret-keys", "Mallory"), "One public key"),
                          (exported("--export", "mallory@example.com") + key, "One public key")):
-        done = enroll(box, given, check=False)
+        done = enroll(live, given, check=False)
         assert done.returncode == 65 and words in done.stderr and done.stdout == "", done
     for name in ("me@laptop", "two\nlines", "a]b", "-x", "a log line"):
-        assert enroll(box, key, f"--name={name}", check=False).returncode == 65, name
-    assert enroll(box, key, "--name", "other", "--allow", "E echo 'a #b'", check=False).returncode == 64
-    noise = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=b"\x99\0\1\t" * 16000, text=False, check=False)
+        assert enroll(live, key, f"--name={name}", check=False).returncode == 65, name
+    assert enroll(live, key, "--name", "other", "--allow", "E echo 'a #b'", check=False).returncode == 64
+    noise = live.lab.tariq(live.server, "enroll", "-c", live.conf, input=b"\x99\0\1\t" * 16000, text=False, check=False)
     assert noise.returncode == 65 and b"One public key" in noise.stderr, "gpg has more to say than a pipe holds"
     for user in ("long@example.com", "later@example.com"):
         generate(ring, user)
     long = key_with_a_hidden_one(ring, "long@example.com", "later@example.com")
-    done = enroll(box, long, "--name", "long", check=False)
+    done = enroll(live, long, "--name", "long", check=False)
     assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
-    assert keys() == before and box.conf.read_text() == text, "nothing is imported or written"
-    done = enroll(box, key, "--name", "other.one")
-    assert "[allow other.one]" in box.conf.read_text() and "secret_ports" in done.stdout
-    again = enroll(box, key)
+    assert keys() == before and live.conf.read_text() == text, "nothing is imported or written"
+    done = enroll(live, key, "--name", "other.one")
+    assert "[allow other.one]" in live.conf.read_text() and "secret_ports" in done.stdout
+    again = enroll(live, key)
     assert "there already" in again.stderr and again.stdout == done.stdout
 
-def test_join_takes_no_other_key_no_other_values_and_no_scrap(box):
-    text, mine = box.me.read_text(), config_values(box.me, "box")["server_key"]
-    profile = enroll(box, gpg(box.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
+def test_join_takes_no_other_key_no_other_values_and_no_scrap(live):
+    text, mine = live.me.read_text(), config_values(live.me, "box")["server_key"]
+    profile = enroll(live, gpg(live.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
     def join(given, host="box"):
-        return box.lab.tariq(box.client, "join", "-c", box.me, host, user=NOBODY, input=given, check=False)
+        return live.lab.tariq(live.client, "join", "-c", live.me, host, user=NOBODY, input=given, check=False)
     for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("",
         "No profile"),
                          (re.sub('"secret": "[^"]*', f'"secret": "{SECRET}', profile), "has other values"),
                          (profile[:100], "No profile"),
                          (profile.replace('"secret_ports": "', '"secret_ports": "1,'), "has other values")):
         done = join(given)
-        assert done.returncode == 65 and words in done.stderr and box.me.read_text() == text, (words, done)
+        assert done.returncode == 65 and words in done.stderr and live.me.read_text() == text, (words, done)
     for host in ("", "a b", "x]", "two\nlines", "DEFAULT", "#"):
         done = join(profile, host)
         assert done.returncode == 64 and "an ASCII name or address" in done.stderr, host
-    assert join(profile).returncode == 0 and box.me.read_text() == text
+    assert join(profile).returncode == 0 and live.me.read_text() == text
 
-def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the_client(box):
-    (ring := box.lab.new("hostile")).mkdir(0o700)
+def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the_client(live):
+    (ring := live.lab.new("hostile")).mkdir(0o700)
     key = generate(ring, "server@example.com")
     for name in ("planted@example.com", "later@example.com"):
         gpg(ring, "--quick-add-uid", key, name)
-    conf = second_client(box, "planted")
+    conf = second_client(live, "planted")
     profile = {**config_values(conf, "box"), "server_key": key.lower(),
                "public_key": gpg(ring, "--armor", "--export", key).stdout}
     def join(profile):
         words = json.dumps(profile)
-        return box.lab.tariq(box.client, "join", "-c", conf, "hostile", user=NOBODY, input=words, check=False)
+        return live.lab.tariq(live.client, "join", "-c", conf, "hostile", user=NOBODY, input=words, check=False)
     generate(ring, "secretly@example.com")
     hidden = key_with_a_hidden_one(ring, "server@example.com", "secretly@example.com")
     done = join({**profile, "public_key": hidden})
     assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
     assert join(profile).returncode == 0
     for user in ("planted@example.com", "later@example.com", "secretly@example.com"):
-        done = box.lab.tariq(box.client, "keygen", "-c", conf, user, user=NOBODY)
+        done = live.lab.tariq(live.client, "keygen", "-c", conf, user, user=NOBODY)
         shown = gpg(ring, "--with-colons", "--show-keys", input=done.stdout).stdout
         assert shown.count("\npub:") + shown.startswith("pub:") == 1 and key not in shown
         assert re.search("(?m)^fpr:+(.*):$", shown)[1] in done.stderr, "its fingerprint is said"
-    opens(box, conf=conf)
+    opens(live, conf=conf)
 
-def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_servers_lock(box):
-    home = make_server(box.lab, box.other, "clean").parent / ".server-gpg"
-    wait_for(lambda: not box.server.run("pgrep", "-f", str(home), check=False).stdout, "gpg-agent stays")
-    number = box.server.run("stat", "-Lc", "%i", "/proc/self/ns/net").stdout.strip()
+def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_servers_lock(live):
+    home = make_server(live.lab, live.other, "clean").parent / ".server-gpg"
+    wait_for(lambda: not live.server.run("pgrep", "-f", str(home), check=False).stdout, "gpg-agent stays")
+    number = live.server.run("stat", "-Lc", "%i", "/proc/self/ns/net").stdout.strip()
     path = Path(f"/run/tariq-tariq-{number}.lock")
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
 
-def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(box):
-    text, keys = box.conf.read_text(), gpg(box.ring, "--list-secret-keys").stdout
-    assert "wrote" not in box.lab.tariq(box.server, "init", "-c", box.conf).stderr
-    assert box.conf.read_text() == text and gpg(box.ring, "--list-secret-keys").stdout == keys
-    conf = box.lab.dir / "person" / "tariq.conf"
-    users = make_users(box.lab.new("users"), 1000)
-    done = box.server.run("sh", "-c", OWN_USERS, users, box.lab.dir / "tariq.py", "init", "-c",
+def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(live):
+    text, keys = live.conf.read_text(), gpg(live.ring, "--list-secret-keys").stdout
+    assert "wrote" not in live.lab.tariq(live.server, "init", "-c", live.conf).stderr
+    assert live.conf.read_text() == text and gpg(live.ring, "--list-secret-keys").stdout == keys
+    conf = live.lab.dir / "person" / "tariq.conf"
+    users = make_users(live.lab.new("users"), 1000)
+    done = live.server.run("sh", "-c", OWN_USERS, users, live.lab.dir / "tariq.py", "init", "-c",
         conf, check=False)
     assert done.returncode == 71 and "is a person's" in done.stderr and os.listdir(conf.parent) == []
 
-def test_four_enrolments_at_once_lose_nothing(box):
-    confs = [box.lab.dir / f"many-{number}" / "tariq.conf" for number in range(4)]
-    keys = [box.lab.tariq(box.client, "keygen", "-c", conf, f"Many {number} <many{number}@example.com>").stdout
+def test_four_enrolments_at_once_lose_nothing(live):
+    confs = [live.lab.dir / f"many-{number}" / "tariq.conf" for number in range(4)]
+    keys = [live.lab.tariq(live.client, "keygen", "-c", conf, f"Many {number} <many{number}@example.com>").stdout
             for number, conf in enumerate(confs)]
-    text = box.conf.read_text()
-    box.conf.write_text(text[:text.index("[allow")] + "# mine")  # an editor that leaves out the last newline
+    text = live.conf.read_text()
+    live.conf.write_text(text[:text.index("[allow")] + "# mine")  # an editor that leaves out the last newline
     with ThreadPoolExecutor() as pool:
-        profile, *_ = pool.map(lambda key: enroll(box, key).stdout, keys)
-    assert len(tariq.Config(box.conf).clients) == 4 and "# mine" in box.conf.read_text()
-    assert "[allow many3@example.com]" in box.conf.read_text(), "the email is the name"
-    box.lab.tariq(box.client, "join", "-c", confs[0], box.server.ip, input=profile)
-    opens(box, conf=confs[0], user=None, where=box.server.ip)
-    assert "\nmany0@example.com " in box.tariq.log
+        profile, *_ = pool.map(lambda key: enroll(live, key).stdout, keys)
+    assert len(tariq.Config(live.conf).clients) == 4 and "# mine" in live.conf.read_text()
+    assert "[allow many3@example.com]" in live.conf.read_text(), "the email is the name"
+    live.lab.tariq(live.client, "join", "-c", confs[0], live.server.ip, input=profile)
+    opens(live, conf=confs[0], user=None, where=live.server.ip)
+    assert "\nmany0@example.com " in live.tariq.log
 
 def test_one_config_may_serve_both_roles_and_be_enrolled_in_itself(idle):
     conf = make_server(idle.lab, idle.server, "both-roles")
@@ -1999,11 +2000,11 @@ def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(id
         opens(idle, "O", "22", "23", "24"), opens(idle, "O", "22"), opens(idle, "O", "25")
         assert sorted(re.findall(r"--dport (\d+)", " ".join(idle.server.rules()))) == ["22", "24", "25", "44"]
 
-def test_every_change_to_the_machine_is_logged_before_it_runs(box):
-    opens(box), opens(box, "E", "echo", "a b")
-    lines, rule = box.tariq.log.splitlines(), f"+ iptables -w 5 -A tariq -s {box.client.ip} "
+def test_every_change_to_the_machine_is_logged_before_it_runs(live):
+    opens(live), opens(live, "E", "echo", "a b")
+    lines, rule = live.tariq.log.splitlines(), f"+ iptables -w 5 -A tariq -s {live.client.ip} "
     last = max(number for number, line in enumerate(lines) if line.startswith(rule))
-    assert any(f"{box.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[last:]) and "+ echo 'a b'" in lines
+    assert any(f"{live.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[last:]) and "+ echo 'a b'" in lines
 
 def test_the_server_warns_where_nothing_is_hidden(idle):
     conf = make_server(idle.lab, idle.other, "warned")
@@ -2016,9 +2017,9 @@ def test_the_server_warns_where_nothing_is_hidden(idle):
 
 # ---- little runs as root -------------------------------------------------------------------------
 
-def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(box):
-    opens(box, "E", "echo", "warm")  # what a knock leaves behind counts too
-    owner, pid = os.stat(box.ring), box.tariq.listener
+def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(live):
+    opens(live, "E", "echo", "warm")  # what a knock leaves behind counts too
+    owner, pid = os.stat(live.ring), live.tariq.listener
     wait_for(lambda: not children(pid), "gpg stays")
     for thread in os.listdir(f"/proc/{pid}/task"):  # credentials are each thread's own
         try:
@@ -2060,26 +2061,26 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
     pid, session = fakes.shown.read_text().split()
     assert pid == session
 
-def test_the_listeners_user_reaches_nothing_of_roots(box):
-    opens(box)
-    user, monitor, conf = os.stat(box.ring).st_uid, box.tariq.process.pid, box.tariq.conf
-    for words in (f"cat {conf}", "cat /etc/shadow", f"touch {conf}.new", f"touch -c {box.lab.dir}/tariq.py",
+def test_the_listeners_user_reaches_nothing_of_roots(live):
+    opens(live)
+    user, monitor, conf = os.stat(live.ring).st_uid, live.tariq.process.pid, live.tariq.conf
+    for words in (f"cat {conf}", "cat /etc/shadow", f"touch {conf}.new", f"touch -c {live.lab.dir}/tariq.py",
                   "iptables -n -L tariq", "iptables -A tariq -j ACCEPT", "nft list ruleset", f"kill -0 {monitor}",
-                  f"cat /proc/{monitor}/environ", f"ls /proc/{monitor}/fd", f"ls /proc/{box.tariq.listener}/fd",
+                  f"cat /proc/{monitor}/environ", f"ls /proc/{monitor}/fd", f"ls /proc/{live.tariq.listener}/fd",
                   "ip link set eth0 promisc on"):
         locked_up = "setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", *words.split()
-        assert box.server.run(*locked_up, user=user, check=False).returncode != 0, words
-    assert box.server.run("cat", conf).stdout and len(box.server.rules()) == 1  # the test's own test
+        assert live.server.run(*locked_up, user=user, check=False).returncode != 0, words
+    assert live.server.run("cat", conf).stdout and len(live.server.rules()) == 1  # the test's own test
 
-def test_no_socket_listens_and_the_interface_is_not_promiscuous(box):
-    opens(box)
-    listening = box.server.run("ss", "-H", "-lntup").stdout.splitlines()
+def test_no_socket_listens_and_the_interface_is_not_promiscuous(live):
+    opens(live)
+    listening = live.server.run("ss", "-H", "-lntup").stdout.splitlines()
     assert len(listening) == 2 and all('"sshd"' in line for line in listening), "IPv4 and IPv6"
-    ours = [f"pid={pid}," for pid in (box.tariq.process.pid, box.tariq.listener)]
-    lines = box.server.run("ss", "-H", "-l", "-n", "-p").stdout.splitlines()
+    ours = [f"pid={pid}," for pid in (live.tariq.process.pid, live.tariq.listener)]
+    lines = live.server.run("ss", "-H", "-l", "-n", "-p").stdout.splitlines()
     kinds = {line.split()[0] for line in lines if any(pid in line for pid in ours)}
     assert kinds <= {"p_raw", "p_dgr"}, kinds
-    link = box.server.run("ip", "-d", "link", "show", "eth0").stdout
+    link = live.server.run("ip", "-d", "link", "show", "eth0").stdout
     assert "PROMISC" not in link and "promiscuity 0" in link
 
 def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
@@ -2672,17 +2673,17 @@ def test_doors_close_and_knocks_work_again_though_the_clock_jumps(idle):
 
 @pytest.mark.parametrize("lost", ["SYNs with data", "UDP"])
 @pytest.mark.parametrize("where", ["box", "box6"])
-def test_a_plain_knock_gets_in_through_a_router_that_drops_one_transport(box, lossy, lost, where):
+def test_a_plain_knock_gets_in_through_a_router_that_drops_one_transport(live, lossy, lost, where):
     program = "iptables" if where == "box" else "ip6tables"
     rule = ["-p", "udp"] if lost == "UDP" else ["-p", "tcp", "--syn", "-m", "length", "--length", "200:"]
     lossy.run(program, "-A", "loss", *rule, "-j", "DROP")
-    opens(box, host=lossy.homes[0], where=where)
+    opens(live, host=lossy.homes[0], where=where)
     only = "udp" if lost == "UDP" else "kernel"
-    fails(box, NO_ANSWER, "", "C", "22", host=lossy.homes[0], where=where, timeout=1, transport=only)
+    fails(live, NO_ANSWER, "", "C", "22", host=lossy.homes[0], where=where, timeout=1, transport=only)
     counted = lossy.run(program, "-nvxL", "loss").stdout
     assert int(counted.splitlines()[2].split()[0]) >= 5, "the router drops nothing"
 
-def test_a_client_needs_no_package_and_udp_nothing_that_is_linuxs_own_nor_a_kernel_with_fast_open(box):
+def test_a_client_needs_no_package_and_udp_nothing_that_is_linuxs_own_nor_a_kernel_with_fast_open(live):
     """Away with: scapy, Pillow, AF_PACKET, MSG_FASTOPEN, numbers for setsockopt, /proc. As on macOS, BSD, Termux."""
     no_package = "import sys\nfor name in ('scapy', 'PIL', 'ctypes.util'): sys.modules[name] = None\n"
     change = r"""
@@ -2693,14 +2694,14 @@ socket.socket.setsockopt = None
 real = builtins.open
 builtins.open = lambda path, *a, **k: None if str(path).startswith('/proc') else real(path, *a, **k)
 """
-    done = knock(box, change=no_package + change, options=["-v"])
+    done = knock(live, change=no_package + change, options=["-v"])
     assert done.returncode == 0 and "by udp" in done.stderr, done.stderr
-    opens(box, "C", "22", change=no_package, transport="kernel")
-    box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=0")
+    opens(live, "C", "22", change=no_package, transport="kernel")
+    live.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=0")
     try:
-        opens(box)
+        opens(live)
     finally:
-        box.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=1")
+        live.client.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=1")
 
 @pytest.mark.parametrize("kind", ["vlan", "bridge", "vlan on a bridge"])
 def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kind):
@@ -2760,10 +2761,10 @@ def named(host, *addresses):
     return Elsewhere(host, "/etc/hosts", f"127.0.0.1 localhost\n{lines}")
 
 @pytest.fixture
-def by_name(box):
+def by_name(live):
     """The world, whose client knocks at a name."""
-    edit(box.me, (f"host = {box.server.ip}\n", f"host = {NAME}\n"))
-    return box
+    edit(live.me, (f"host = {live.server.ip}\n", f"host = {NAME}\n"))
+    return live
 
 @pytest.mark.parametrize("fate", ["DROP", "REJECT"])
 def test_where_ipv6_is_filtered_the_second_try_goes_to_the_ipv4_address(by_name, lossy, fate):
@@ -2872,57 +2873,57 @@ def nat64(carrier):
     carrier.run("tayga", "--config", conf, "--rmtun")
 
 @pytest.fixture
-def ula(box, carrier):
+def ula(live, carrier):
     """The subscriber knocks from fd00::2, which NPTv6 (RFC 6296) translates -> to this address."""
     host, prefix = carrier.subscriber, "2001:db8:77::/64"
     set_up_link(host, "eth0", "fd00::2/64")
     set_up_link(carrier, "inner", "fd00::1/64")
     rule = "-A relay -s fd00::/64 -j NETMAP --to"
     carrier.run("ip6tables", "-t", "nat", *rule.split(), prefix)
-    box.server.run("ip", "-6", "route", "add", prefix, "via", carrier.ip6)
+    live.server.run("ip", "-6", "route", "add", prefix, "via", carrier.ip6)
     host.run("ip", "-6", "route", "replace", "default", "via", "fd00::1", "src", "fd00::2")
     yield "2001:db8:77::2"
     host.run("ip", "-6", "route", "replace", "default", "via", "2600:db8::1")
     host.run("ip", "addr", "del", "fd00::2/64", "dev", "eth0")
     carrier.run("ip", "addr", "del", "fd00::1/64", "dev", "inner")
     carrier.run("ip6tables", "-t", "nat", "-F", "relay")
-    box.server.run("ip", "-6", "route", "del", prefix)
+    live.server.run("ip", "-6", "route", "del", prefix)
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 def test_a_public_address_behind_nat_is_told_what_the_server_sees_and_the_option_for_it(
-        box, carrier, where):
+        live, carrier, where):
     seen = carrier.ip if where == "box" else carrier.ip6
-    done = knock(box, host=carrier.subscriber, where=where)
+    done = knock(live, host=carrier.subscriber, where=where)
     assert done.returncode == 76 and f"sees {seen}" in done.stderr, done
     assert f"--address {seen}" in done.stderr
-    assert box.server.rules() == box.server.rules(ip6=True) == []
+    assert live.server.rules() == live.server.rules(ip6=True) == []
     option = ["--address", seen]
-    assert f"for {seen} until" in opens(box, host=carrier.subscriber, where=where, options=option)
+    assert f"for {seen} until" in opens(live, host=carrier.subscriber, where=where, options=option)
 
-def test_an_address_that_is_written_otherwise_is_the_same(box, carrier):
+def test_an_address_that_is_written_otherwise_is_the_same(live, carrier):
     option = ["--address", "2001:0DB8:1:0:0:0:0:50"]
-    opens(box, host=carrier.subscriber, where="box6", options=option)
+    opens(live, host=carrier.subscriber, where="box6", options=option)
 
 @pytest.mark.parametrize("section", ["client", "box"])
-def test_the_address_may_stand_in_the_config(box, carrier, section):
-    edit(box.me, (f"[{section}]\n", f"[{section}]\naddress = {carrier.ip}\n"))
-    assert f"for {carrier.ip} until" in opens(box, host=carrier.subscriber)
+def test_the_address_may_stand_in_the_config(live, carrier, section):
+    edit(live.me, (f"[{section}]\n", f"[{section}]\naddress = {carrier.ip}\n"))
+    assert f"for {carrier.ip} until" in opens(live, host=carrier.subscriber)
 
-def test_address_any_compares_nothing(box, carrier):
+def test_address_any_compares_nothing(live, carrier):
     for where in "box", "box6":
-        opens(box, host=carrier.subscriber, where=where, options=["--address", "any"])
+        opens(live, host=carrier.subscriber, where=where, options=["--address", "any"])
 
 @pytest.mark.parametrize("address", ["home.example.com", "192.0.2.0/24"])
-def test_an_address_that_is_none_is_a_fault_of_the_command_line_with_words(box, address):
-    fails(box, 64, "address has to be an IP address", options=["--address", address])
+def test_an_address_that_is_none_is_a_fault_of_the_command_line_with_words(live, address):
+    fails(live, 64, "address has to be an IP address", options=["--address", address])
 
-def test_an_address_that_is_none_is_a_fault_of_the_config_with_words(box):
-    edit(box.me, ("[client]\n", "[client]\naddress = home.example.com\n"))
-    fails(box, 78, "address has to be an IP address")
+def test_an_address_that_is_none_is_a_fault_of_the_config_with_words(live):
+    edit(live.me, ("[client]\n", "[client]\naddress = home.example.com\n"))
+    fails(live, 78, "address has to be an IP address")
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 def test_behind_nat_with_its_address_given_a_relay_that_knocks_from_its_own_is_noticed(
-        box, carrier, where):
+        live, carrier, where):
     """The relay is one more translation: the server sees it in the client's place."""
     program, relay, nat = ("iptables", "198.51.100.51", carrier.ip)
     if where == "box6":
@@ -2932,42 +2933,42 @@ def test_behind_nat_with_its_address_given_a_relay_that_knocks_from_its_own_is_n
     carrier.run(program, "-t", "nat", *rule.split())
     try:
         how = dict(host=carrier.subscriber, where=where, options=["--address", nat])
-        fails(box, 76, f"sees {relay}", **how)
-        assert box.server.rules() == box.server.rules(ip6=True) == []
+        fails(live, 76, f"sees {relay}", **how)
+        assert live.server.rules() == live.server.rules(ip6=True) == []
     finally:
         carrier.run(program, "-t", "nat", "-F", "relay")
 
-def test_an_ipv6_only_client_gets_in_at_an_ipv4_server_over_nat64(box, carrier, nat64):
-    edit(box.me, (f"host = {box.server.ip}\n", f"host = {nat64}{box.server.ip}\n"))  # RFC 6052
-    fails(box, 76, f"--address {carrier.ip}", host=carrier.subscriber)
+def test_an_ipv6_only_client_gets_in_at_an_ipv4_server_over_nat64(live, carrier, nat64):
+    edit(live.me, (f"host = {live.server.ip}\n", f"host = {nat64}{live.server.ip}\n"))  # RFC 6052
+    fails(live, 76, f"--address {carrier.ip}", host=carrier.subscriber)
     for transport in "kernel", "udp":
-        said = opens(box, host=carrier.subscriber, transport=transport,
+        said = opens(live, host=carrier.subscriber, transport=transport,
                      options=["--address", carrier.ip])
         assert f"for {carrier.ip} until" in said
 
 def test_a_unique_local_client_gets_in_through_a_prefix_translation_without_an_option(
-        box, carrier, ula):
-    assert f"for {ula} until" in opens(box, host=carrier.subscriber, where="box6")
+        live, carrier, ula):
+    assert f"for {ula} until" in opens(live, host=carrier.subscriber, where="box6")
 
-def test_a_unique_local_client_that_gives_its_address_notices_another(box, carrier, ula):
+def test_a_unique_local_client_that_gives_its_address_notices_another(live, carrier, ula):
     how = dict(host=carrier.subscriber, where="box6")
-    opens(box, options=["--address", ula], **how)
-    fails(box, 76, f"sees {ula}", options=["--address", "2001:db8:77::3"], **how)
+    opens(live, options=["--address", ula], **how)
+    fails(live, 76, f"sees {ula}", options=["--address", "2001:db8:77::3"], **how)
 
-def test_an_ipv4_address_that_is_given_says_nothing_of_a_knock_by_ipv6(box, carrier, ula):
+def test_an_ipv4_address_that_is_given_says_nothing_of_a_knock_by_ipv6(live, carrier, ula):
     """`address =` is that of a home whose IPv4 is translated to it, and its IPv6 by prefix."""
-    edit(box.me, ("[client]\n", "[client]\naddress = 203.0.113.9\n"))
-    assert f"for {ula} until" in opens(box, host=carrier.subscriber, where="box6")
+    edit(live.me, ("[client]\n", "[client]\naddress = 203.0.113.9\n"))
+    assert f"for {ula} until" in opens(live, host=carrier.subscriber, where="box6")
 
 @pytest.mark.parametrize("own", ["100.64.0.7", "192.168.7.7", "192.0.0.8"])
-def test_an_address_that_is_nobodys_on_the_internet_needs_no_option_behind_nat(box, carrier, own):
+def test_an_address_that_is_nobodys_on_the_internet_needs_no_option_behind_nat(live, carrier, own):
     """RFC 6598's, RFC 1918's, and one of which versions of Python think differently."""
     host = carrier.subscriber
     set_up_link(host, "eth0", f"{own}/32")
     carrier.run("ip", "route", "add", own, "dev", "inner")
     host.run("ip", "route", "replace", "default", "via", "30.78.1.1", "src", own)
     try:
-        assert f"for {carrier.ip} until" in opens(box, host=host)
+        assert f"for {carrier.ip} until" in opens(live, host=host)
     finally:
         host.run("ip", "route", "replace", "default", "via", "30.78.1.1")
         carrier.run("ip", "route", "del", own)
@@ -3023,89 +3024,89 @@ def refused_in_log(world, conf, *words):
     line = next(line for line in lines if "knock refused: " in line)
     assert all(word in line for word in (world.client.ip, *words)), line
 
-def test_a_key_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(box):
-    conf = second_client(box, "renewed")
+def test_a_key_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(live):
+    conf = second_client(live, "renewed")
     home = conf.parent / "gpg"
     key = fingerprint(home, "renewed")
     let_expire(home, key)
-    said = enroll_again(box, conf)
+    said = enroll_again(live, conf)
     assert "updated" in said and "expired" in said, said
-    fails(box, 65, "expired", conf=conf)
+    fails(live, 65, "expired", conf=conf)
     gpg(home, "--quick-set-expire", key, "1y")
-    refused_in_log(box, conf, "renewed@example.com", "expired")
+    refused_in_log(live, conf, "renewed@example.com", "expired")
     year = time.strftime("%Y", time.gmtime(time.time() + 365 * DAYS))
-    said = enroll_again(box, conf)
+    said = enroll_again(live, conf)
     assert "updated" in said and f" {year}-" in said, said
-    assert "opened tcp/22" in opens(box, conf=conf)
+    assert "opened tcp/22" in opens(live, conf=conf)
 
-def test_a_key_enrolled_again_that_is_as_it_was_is_said_to_be_the_same(box):
-    assert "the same" in enroll_again(box, box.me)
+def test_a_key_enrolled_again_that_is_as_it_was_is_said_to_be_the_same(live):
+    assert "the same" in enroll_again(live, live.me)
 
-def test_a_revoked_key_enrolled_again_is_refused_and_its_copy_opens_nothing(box):
-    conf = second_client(box, "revoked")
+def test_a_revoked_key_enrolled_again_is_refused_and_its_copy_opens_nothing(live):
+    conf = second_client(live, "revoked")
     home, thief = conf.parent / "gpg", copy_of(conf, "thief")
-    opens(box, conf=thief)
+    opens(live, conf=thief)
     revoke(home, fingerprint(home, "revoked"))
-    said = enroll_again(box, conf)
+    said = enroll_again(live, conf)
     assert "updated" in said and "revoked" in said, said
-    refused_in_log(box, thief, "revoked@example.com", "is revoked")
-    fails(box, 65, "is revoked", conf=conf)
+    refused_in_log(live, thief, "revoked@example.com", "is revoked")
+    fails(live, 65, "is revoked", conf=conf)
 
-def test_an_older_copy_enrolled_again_takes_no_revocation_back_and_enroll_says_so(box):
-    conf = second_client(box, "older")
+def test_an_older_copy_enrolled_again_takes_no_revocation_back_and_enroll_says_so(live):
+    conf = second_client(live, "older")
     home, thief = conf.parent / "gpg", copy_of(conf, "older-thief")
     revoke(home, fingerprint(home, "older"))
-    enroll_again(box, conf)
-    assert "revoked" in enroll_again(box, thief)
-    refused_in_log(box, thief, "older@example.com", "is revoked")
+    enroll_again(live, conf)
+    assert "revoked" in enroll_again(live, thief)
+    refused_in_log(live, thief, "older@example.com", "is revoked")
 
-def test_a_signing_subkey_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(box):
-    conf = signing_with(box, "subkey")
+def test_a_signing_subkey_that_expired_and_was_renewed_opens_once_it_is_enrolled_again(live):
+    conf = signing_with(live, "subkey")
     home = conf.parent / "gpg"
     key = fingerprint(home, "subkey")
     let_expire(home, key, *subkeys(home, key))
-    fails(box, 65, "expired", conf=conf)
-    enroll_again(box, conf)
+    fails(live, 65, "expired", conf=conf)
+    enroll_again(live, conf)
     gpg(home, "--quick-set-expire", key, "1y", *subkeys(home, key))
-    refused_in_log(box, conf, "subkey@example.com", "expired")
-    assert "updated" in enroll_again(box, conf)
-    opens(box, conf=conf)
+    refused_in_log(live, conf, "subkey@example.com", "expired")
+    assert "updated" in enroll_again(live, conf)
+    opens(live, conf=conf)
 
-def test_a_revoked_signing_subkey_opens_nothing_and_the_log_says_so(box):
-    conf = signing_with(box, "signing")
+def test_a_revoked_signing_subkey_opens_nothing_and_the_log_says_so(live):
+    conf = signing_with(live, "signing")
     home, thief = conf.parent / "gpg", copy_of(conf, "signing-thief")
-    opens(box, conf=thief)
+    opens(live, conf=thief)
     revoke(home, fingerprint(home, "signing"), 1)
-    assert "updated" in enroll_again(box, conf)
-    refused_in_log(box, thief, "signing@example.com", "is revoked")
+    assert "updated" in enroll_again(live, conf)
+    refused_in_log(live, thief, "signing@example.com", "is revoked")
 
-def test_a_signing_subkey_added_later_is_named_in_the_log_until_it_is_enrolled(box):
-    conf = second_client(box, "grown")
+def test_a_signing_subkey_added_later_is_named_in_the_log_until_it_is_enrolled(live):
+    conf = second_client(live, "grown")
     home = conf.parent / "gpg"
     key = fingerprint(home, "grown")
     gpg(home, "--quick-add-key", key, "ed25519", "sign")
-    refused_in_log(box, conf, subkeys(home, key)[-1][-16:], "is not in the server's keyring")
-    assert "updated" in enroll_again(box, conf)
-    opens(box, conf=conf)
+    refused_in_log(live, conf, subkeys(home, key)[-1][-16:], "is not in the server's keyring")
+    assert "updated" in enroll_again(live, conf)
+    opens(live, conf=conf)
 
-def test_what_a_client_may_do_stays_as_it_is_when_its_key_is_updated(box):
-    conf = second_client(box, "narrow", ("O 8022",))
-    home, before = conf.parent / "gpg", box.conf.read_text()
+def test_what_a_client_may_do_stays_as_it_is_when_its_key_is_updated(live):
+    conf = second_client(live, "narrow", ("O 8022",))
+    home, before = conf.parent / "gpg", live.conf.read_text()
     gpg(home, "--quick-set-expire", fingerprint(home, "narrow"), "1y")
-    assert "updated" in enroll_again(box, conf)
-    assert box.conf.read_text() == before
+    assert "updated" in enroll_again(live, conf)
+    assert live.conf.read_text() == before
 
 @pytest.mark.parametrize("trouble", ["is revoked", "expired on"])
-def test_a_new_client_whose_key_is_no_longer_good_is_told_so_by_enroll(box, trouble):
-    home = private_directory(box.lab.new("bad-key"))
+def test_a_new_client_whose_key_is_no_longer_good_is_told_so_by_enroll(live, trouble):
+    home = private_directory(live.lab.new("bad-key"))
     options, end = (at_time(-3 * DAYS), "2d") if trouble == "expired on" else ((), "never")
     gpg(home, *options, "--quick-generate-key", "bad@example.com", "ed25519", "cert,sign", end)
     if trouble == "is revoked":
         revoke(home, fingerprint(home, "bad"))
     public = gpg(home, "--armor", "--export", "bad").stdout
-    done = box.lab.tariq(box.server, "enroll", "-c", box.conf, input=public, check=False)
+    done = live.lab.tariq(live.server, "enroll", "-c", live.conf, input=public, check=False)
     assert done.returncode == 65 and trouble in done.stderr, done
-    assert "bad@example.com" not in box.conf.read_text()
+    assert "bad@example.com" not in live.conf.read_text()
 
 # 4. The server's key lives
 
@@ -3229,9 +3230,9 @@ def test_a_client_two_hours_behind_is_told_of_clocks_by_join(young):
     assert join.returncode == 65 and re.search(r"7\d\d\d s .*clock", join.stderr), join
 
 @pytest.mark.parametrize("seconds", [-7200, 7200])
-def test_a_knock_two_hours_off_gets_no_answer_and_the_client_says_its_own_time(box, seconds):
+def test_a_knock_two_hours_off_gets_no_answer_and_the_client_says_its_own_time(live, seconds):
     began = int(time.time()) + seconds
-    done = knock(box, timeout=1, change=shifted(seconds))
+    done = knock(live, timeout=1, change=shifted(seconds))
     said = re.search(r"it is (\d\d):(\d\d):(\d\d) UTC by this clock", done.stderr)
     assert done.returncode == NO_ANSWER and said, done
     hours, minutes, rest = map(int, said.groups())
@@ -3445,14 +3446,14 @@ def tunnel_between(server, client, link_type):
 @pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no tun devices here")
 @pytest.mark.parametrize("kind", [TUNNEL6, IP6GRE])
 @pytest.mark.parametrize("where", ["box", "box6"])
-def test_knocks_by_a_tunnel_whose_link_addresses_have_16_bytes_are_answered(box, kind, where):
-    with tunnel_between(box.server, box.client, kind):
-        link, = json.loads(box.server.run("ip", "-j", "link", "show", "tun7").stdout)
+def test_knocks_by_a_tunnel_whose_link_addresses_have_16_bytes_are_answered(live, kind, where):
+    with tunnel_between(live.server, live.client, kind):
+        link, = json.loads(live.server.run("ip", "-j", "link", "show", "tun7").stdout)
         if link["link_type"] not in ("tunnel6", "gre6"):
             pytest.skip("this kernel's tun devices have no such type")
-        edit(box.me, (box.server.ip6, "2001:db8:9::1"), (box.server.ip, "203.0.113.1"))
+        edit(live.me, (live.server.ip6, "2001:db8:9::1"), (live.server.ip, "203.0.113.1"))
         for transport in "kernel", "udp":
-            opens(box, where=where, transport=transport)
+            opens(live, where=where, transport=transport)
 
 def test_a_gateway_that_forwards_inwards_only_leaves_a_line_that_nobody_answered(idle, lossy):
     lossy.run("iptables", "-A", "loss", "-i", "eth0", "-j", "DROP")
@@ -3671,9 +3672,9 @@ def test_check_and_the_start_with_a_keyring_that_was_moved_too_deep_have_words_f
         server.kill()
 
 @TOO_LONG
-def test_a_knock_with_a_keyring_that_was_moved_too_deep_has_words_for_it(box, size):
-    path = copied(box.me.parent / "gpg", long_path(box.lab, size))
-    fails(box, 78, "too long", options=["-g", path])
+def test_a_knock_with_a_keyring_that_was_moved_too_deep_has_words_for_it(live, size):
+    path = copied(live.me.parent / "gpg", long_path(live.lab, size))
+    fails(live, 78, "too long", options=["-g", path])
 
 # ---- other firewalls -------------------------------------------------------------------------------------------------
 
@@ -3794,19 +3795,19 @@ def bob(world):
     ("may =", "open_timout = 60\nmay =", "open_timout", CONFIG_FAULT),
     ("key = ", "key = xyz", "key", REFUSED)])  # then it is nobody's
 def test_a_faulty_allow_section_refuses_its_client_alone_and_the_log_names_section_and_key(
-        bob, box, old, new, key, code):
-    start, head, section = box.conf.read_text().partition("[allow bob@example.com]\n")
-    write(box.conf, start + head + section.replace(old, new, 1))
-    log = len(box.tariq.log)
+        bob, live, old, new, key, code):
+    start, head, section = live.conf.read_text().partition("[allow bob@example.com]\n")
+    write(live.conf, start + head + section.replace(old, new, 1))
+    log = len(live.tariq.log)
     for _ in range(2):
-        fails(box, code, "box says: ", conf=bob)
-        opens(box)
-    assert gets_in(box)
-    news = box.tariq.log[log:].splitlines()
+        fails(live, code, "box says: ", conf=bob)
+        opens(live)
+    assert gets_in(live)
+    news = live.tariq.log[log:].splitlines()
     faults = [line for line in news if "[allow bob@example.com]" in line]
     assert len(faults) == 1 and f" {key} " in faults[0], "once a change of the file"
-    write(box.conf, start + head + section)
-    assert "opened" in opens(box, conf=bob)
+    write(live.conf, start + head + section)
+    assert "opened" in opens(live, conf=bob)
 
 def test_a_server_starts_with_a_faulty_allow_section_and_says_it(bob, idle):
     edit(idle.conf, ("[allow bob@example.com]\n", "[allow bob@example.com]\nopen_timout = 60\n"))
@@ -3815,12 +3816,13 @@ def test_a_server_starts_with_a_faulty_allow_section_and_says_it(bob, idle):
     fails(idle, CONFIG_FAULT, "box says: ", conf=bob)
     opens(idle)
 
-def test_two_sections_with_the_same_key_are_the_fault_of_both_and_of_nobody_else(bob, box):
-    text = box.conf.read_text()
-    write(box.conf, text + text[text.index("[allow bob@"):].replace("[allow bob@", "[allow rob@"))
-    fails(box, CONFIG_FAULT, "box says: ", conf=bob)
-    opens(box)
-    box.tariq.wait_log("[allow rob@example.com] key "), box.tariq.wait_log("bob@example.com] key ")
+def test_two_sections_with_the_same_key_are_the_fault_of_both_and_of_nobody_else(bob, live):
+    text = live.conf.read_text()
+    write(live.conf, text + text[text.index("[allow bob@"):].replace("[allow bob@", "[allow rob@"))
+    fails(live, CONFIG_FAULT, "box says: ", conf=bob)
+    opens(live)
+    live.tariq.wait_log("[allow rob@example.com] key "), live.tariq.wait_log("bob@example.com] key "
+        "")
 
 BROKEN = {
     "no INI": lambda path, text: write(path, f"{text}\nO 22\n"),
@@ -3838,35 +3840,35 @@ BROKEN = {
 }
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_config_that_is_broken_changes_nothing_and_the_log_says_so_once(box, how):
-    text, log = box.conf.read_text(), len(box.tariq.log)
+def test_a_config_that_is_broken_changes_nothing_and_the_log_says_so_once(live, how):
+    text, log = live.conf.read_text(), len(live.tariq.log)
     try:
-        BROKEN[how](box.conf, text)
+        BROKEN[how](live.conf, text)
         for _ in range(2):
-            opens(box)
-        fails(box, REFUSED, "", "O", "99")
-        assert gets_in(box)
-        news = [line for line in box.tariq.log[log:].splitlines() if f"{box.conf}" in line]
-        assert len(news) == 1 and config_values(box.me, "box")["secret"] not in news[0], news
+            opens(live)
+        fails(live, REFUSED, "", "O", "99")
+        assert gets_in(live)
+        news = [line for line in live.tariq.log[log:].splitlines() if f"{live.conf}" in line]
+        assert len(news) == 1 and config_values(live.me, "box")["secret"] not in news[0], news
     finally:
-        if box.conf.is_dir():
-            box.conf.rmdir()
-        write(box.conf, text)
-    opens(box)
+        if live.conf.is_dir():
+            live.conf.rmdir()
+        write(live.conf, text)
+    opens(live)
 
-def test_a_broken_config_that_is_mended_holds_at_the_next_knock(box):
-    text = box.conf.read_text()
-    write(box.conf, "")
-    opens(box)
-    write(box.conf, text.replace("    O 22/tcp\n", "    O 23/tcp\n"))
-    fails(box, REFUSED, "", "O", "22")
-    opens(box, "O", "23")
+def test_a_broken_config_that_is_mended_holds_at_the_next_knock(live):
+    text = live.conf.read_text()
+    write(live.conf, "")
+    opens(live)
+    write(live.conf, text.replace("    O 22/tcp\n", "    O 23/tcp\n"))
+    fails(live, REFUSED, "", "O", "22")
+    opens(live, "O", "23")
 
-def test_a_section_that_is_taken_out_of_a_whole_file_is_gone_at_the_next_knock(bob, box):
-    opens(box, conf=bob)
-    write(box.conf, box.conf.read_text().partition("[allow bob@")[0])
-    fails(box, REFUSED, "", conf=bob)
-    opens(box)
+def test_a_section_that_is_taken_out_of_a_whole_file_is_gone_at_the_next_knock(bob, live):
+    opens(live, conf=bob)
+    write(live.conf, live.conf.read_text().partition("[allow bob@")[0])
+    fails(live, REFUSED, "", conf=bob)
+    opens(live)
 
 def test_the_config_is_parsed_once_a_change_of_its_file(idle):
     program = idle.lab.program("real = tariq.Config.__init__\n"
@@ -3892,25 +3894,25 @@ def test_the_config_is_parsed_once_a_change_of_its_file(idle):
 def check(world, path=None):
     return world.lab.tariq(world.server, "check", "-c", path or world.conf, check=False)
 
-def test_check_says_every_fault_at_once_and_changes_nothing(bob, box):
-    text = with_settings(box.conf.read_text(), {"open_timout": 60, "command_timeout": "long"})
+def test_check_says_every_fault_at_once_and_changes_nothing(bob, live):
+    text = with_settings(live.conf.read_text(), {"open_timout": 60, "command_timeout": "long"})
     nobody = "[allow nobody]\nkey = " + "0" * 40 + "\nmay = O 22\n"
-    write(box.conf, text.replace("may =", "mai =", 1) + nobody)
+    write(live.conf, text.replace("may =", "mai =", 1) + nobody)
     def files():
-        every = box.conf.parent.rglob("*")
+        every = live.conf.parent.rglob("*")
         return {path: path.stat().st_mtime_ns for path in every if path.is_file()}
-    before, rules, log = files(), firewall(box.server), box.tariq.log
-    done = check(box)
+    before, rules, log = files(), firewall(live.server), live.tariq.log
+    done = check(live)
     assert done.returncode == CONFIG_FAULT and "Traceback" not in done.stderr
     for words in ("[server] open_timout ", "[server] command_timeout ", "[allow me@laptop] mai ",
                   "[allow nobody]"):
         assert len([line for line in done.stderr.splitlines()
                     if words in line and "FAULT" in line]) == 1, (words, done.stderr)
-    assert firewall(box.server) == rules and box.tariq.log == log
+    assert firewall(live.server) == rules and live.tariq.log == log
     assert files() == before
 
-def test_check_of_a_good_server_exits_with_0(box):
-    done = check(box)
+def test_check_of_a_good_server_exits_with_0(live):
+    done = check(live)
     assert done.returncode == 0 and "FAULT" not in done.stderr and "Traceback" not in done.stderr
     assert "[server]" in done.stderr and "[allow me@laptop]" in done.stderr
 
@@ -3926,18 +3928,18 @@ STOPS = {
 }
 
 @pytest.mark.parametrize("fault", STOPS)
-def test_check_finds_what_stops_a_start_and_the_service_is_not_ready_then(box, fault):
+def test_check_finds_what_stops_a_start_and_the_service_is_not_ready_then(live, fault):
     """NOTIFY_SOCKET, as systemd with Type=notify has it: without READY=1 a restart fails aloud."""
-    (roots := box.lab.new("keyring")).mkdir(0o700)
+    (roots := live.lab.new("keyring")).mkdir(0o700)
     settings = {key: roots if value == "ROOTS" else value for key, value in STOPS[fault].items()}
-    path = write(box.lab.new("conf"), with_settings(box.conf.read_text(), settings))
-    done = check(box, path)
+    path = write(live.lab.new("conf"), with_settings(live.conf.read_text(), settings))
+    done = check(live, path)
     assert done.returncode == CONFIG_FAULT and "FAULT: " in done.stderr, done
     assert "Traceback" not in done.stderr
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        notified.bind(str(box.lab.new("notify")))
+        notified.bind(str(live.lab.new("notify")))
         prefix = ("env", f"NOTIFY_SOCKET={notified.getsockname()}")
-        server = Server(box.lab, box.other, path, prefix=prefix)
+        server = Server(live.lab, live.other, path, prefix=prefix)
         code = server.process.wait(LONG)
         assert code in (CONFIG_FAULT, DIED, SYSTEM, 69), server.log
         assert code == CONFIG_FAULT or fault in ("no such key", "no rule", "no such keyring")
@@ -4118,36 +4120,36 @@ def test_of_several_ports_the_clients_line_has_the_doubt_of_all(bob, reset):
         assert "but INPUT drops nothing" in opens(reset, **how)
     assert "but INPUT drops nothing" in opens(reset, "O", "53/udp", "8022", "22")
 
-def test_a_door_of_another_address_of_the_same_client_stays_and_c_says_so(box):
-    opens(box)
-    rules = box.server.rules()
-    fails(box, REFUSED, f"tcp/22 is open for {box.client.ip} until ", "C", "22", host=box.other)
-    assert box.server.rules() == rules and gets_in(box)
-    assert "closed tcp/22" in opens(box, "C", "22")
-    assert doors(box) == []
+def test_a_door_of_another_address_of_the_same_client_stays_and_c_says_so(live):
+    opens(live)
+    rules = live.server.rules()
+    fails(live, REFUSED, f"tcp/22 is open for {live.client.ip} until ", "C", "22", host=live.other)
+    assert live.server.rules() == rules and gets_in(live)
+    assert "closed tcp/22" in opens(live, "C", "22")
+    assert doors(live) == []
 
 def doors(world, ip6=False):
     """The rules of open doors."""
     return [rule for rule in world.server.rules(ip6) if " NEW " in rule]
 
-def test_a_door_of_another_client_of_the_same_address_stays_and_c_says_so(bob, box):
-    opens(box)
-    rules = box.server.rules()
-    fails(box, REFUSED, f"tcp/22 is open for {box.client.ip} until ", "C", "22", conf=bob)
-    assert box.server.rules() == rules and gets_in(box)
+def test_a_door_of_another_client_of_the_same_address_stays_and_c_says_so(bob, live):
+    opens(live)
+    rules = live.server.rules()
+    fails(live, REFUSED, f"tcp/22 is open for {live.client.ip} until ", "C", "22", conf=bob)
+    assert live.server.rules() == rules and gets_in(live)
 
-def test_c_where_no_door_is_says_that_it_was_shut(box):
-    assert "tcp/22 was shut already" in opens(box, "C", "22")
-    opens(box)
-    box.server.run("iptables", "-F", "tariq")
-    assert "tcp/22 was shut already" in opens(box, "C", "22"), "somebody else took it out"
+def test_c_where_no_door_is_says_that_it_was_shut(live):
+    assert "tcp/22 was shut already" in opens(live, "C", "22")
+    opens(live)
+    live.server.run("iptables", "-F", "tariq")
+    assert "tcp/22 was shut already" in opens(live, "C", "22"), "somebody else took it out"
 
-def test_a_shared_door_whose_rule_was_flushed_is_opened_again_for_who_knocks(bob, box):
-    edit(box.conf, ("[allow bob@example.com]\n", "[allow bob@example.com]\nopen_timeout = 60\n"))
-    end = opens(box)
-    box.server.run("iptables", "-F", "tariq")
-    assert opens(box, conf=bob) == end, "the later end holds"
-    assert gets_in(box) and len(doors(box)) == 1
+def test_a_shared_door_whose_rule_was_flushed_is_opened_again_for_who_knocks(bob, live):
+    edit(live.conf, ("[allow bob@example.com]\n", "[allow bob@example.com]\nopen_timeout = 60\n"))
+    end = opens(live)
+    live.server.run("iptables", "-F", "tariq")
+    assert opens(live, conf=bob) == end, "the later end holds"
+    assert gets_in(live) and len(doors(live)) == 1
 
 def test_any_port_may_be_permitted_by_a_star(idle):
     may = second_client(idle, "star", ("O *", "C *"))
@@ -4161,9 +4163,9 @@ def test_any_port_may_be_permitted_by_a_star(idle):
     ("O 22 23 53/udp", "O 23/tcp"), ("O 22 53", "O 53/tcp"), ("C 22 99/udp", "C 99/udp"),
     ("E false now", "E false now")])
 def test_a_request_of_which_a_part_is_not_permitted_names_that_part_and_does_nothing(
-        box, request_, part):
-    fails(box, REFUSED, f"you may not {part} here", *request_.split())
-    assert doors(box) == []
+        live, request_, part):
+    fails(live, REFUSED, f"you may not {part} here", *request_.split())
+    assert doors(live) == []
 
 @pytest.mark.parametrize("where, net", [("box", "198.51.100.0/24"), ("box6", "2001:db8:1::/64")])
 def test_net_opens_for_the_network_around_an_address_by_one_text_for_both_families(
@@ -4196,13 +4198,13 @@ def test_init_without_systemd_installs_program_config_and_key_and_says_how_to_ru
     assert "listening for" in fresh.serve().log
 
 def test_init_again_keeps_config_and_key_and_brings_a_newer_program(fresh):
-    def kept():
+    def restored():
         words = "cat /etc/tariq/tariq.conf; ls -l /etc/tariq/.server-gpg"
         return fresh.run("sh", "-c", words).stdout
     fresh.shell("sudo ./tariq.py init")
-    before = kept()
+    before = restored()
     fresh.shell("echo '# newer' >> tariq.py; sudo ./tariq.py init")
-    assert kept() == before
+    assert restored() == before
     assert fresh.run("tail", "-n1", "/usr/local/bin/tariq.py").stdout == "# newer\n"
     assert "wrote" not in fresh.shell("sudo tariq.py init").stderr, "nothing is new"
 
@@ -5007,6 +5009,7 @@ class Machine(Host):
 
 @pytest.fixture
 def site():
+    """A lab for throwaway machines."""
     with Lab() as site:
         yield site
 
@@ -5217,7 +5220,7 @@ done
 AGENT_CONF = "~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent"
 
 @pytest.fixture(scope="module")
-def locked():
+def with_passphrase():
     """An enrolled client whose key got a passphrase by the README's command, and a pinentry that types it."""
     with Lab() as site:
         remote, laptop = Machine(site, "box", server=True), Machine(site, "laptop")
@@ -5228,11 +5231,11 @@ def locked():
         laptop.shell(blocks("A passphrase")[0])
         yield laptop
 
-def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(locked):
-    locked.shell(f"rm -f asked; echo pinentry-program /home/me/pinentry > {AGENT_CONF}")  # it knows nothing yet
+def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(with_passphrase):
+    with_passphrase.shell(f"rm -f asked; echo pinentry-program /home/me/pinentry > {AGENT_CONF}")  # it knows nothing yet
     for words in (("O", "22"), ("C", "22")):
-        locked.knock(*words)
-        assert locked.shell("cat asked").stdout == "asked\n"
+        with_passphrase.knock(*words)
+        assert with_passphrase.shell("cat asked").stdout == "asked\n"
 
 def knock_on_a_terminal(client, types, redirect=""):
     """Knock on a pseudo-terminal where somebody types into pinentry-curses -> (exit code, all that it showed)."""
@@ -5259,16 +5262,17 @@ def knock_on_a_terminal(client, types, redirect=""):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 @pytest.mark.parametrize("redirect", ["", "</dev/null >/dev/null"])
-def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(locked, redirect):
+def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(with_passphrase,
+    redirect):
     """`Match exec` gives the command /dev/null as input and output; its stderr is the terminal."""
-    code, said = knock_on_a_terminal(locked, b"correct-horse-7\r", redirect)
+    code, said = knock_on_a_terminal(with_passphrase, b"correct-horse-7\r", redirect)
     assert code == 0 and b"correct-horse" not in said and (redirect or b"opened tcp/22" in said), said
 
-def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(locked):
-    code, said = knock_on_a_terminal(locked, b"wrong\r")
+def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(with_passphrase):
+    code, said = knock_on_a_terminal(with_passphrase, b"wrong\r")
     words = b"tariq: The passphrase of the key in /home/me/.config/tariq/gpg was wrong, or was not given.\r\n"
     assert code == 65 and said.endswith(words), said
-    done = locked.knock("O", "22", check=False, start_new_session=True)
+    done = with_passphrase.knock("O", "22", check=False, start_new_session=True)
     assert done.returncode == 65 and "there is no terminal" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -5301,20 +5305,20 @@ def client_with(world, ring=None, **settings):
     (f"E echo {'x' * 900}", 64, "The request is * bytes too long: shorten it."),
     ("O 22 23/udp", 77, "box says: refused: you may not O 23/udp here."),
     ("E reboot now", 77, "box says: refused: you may not E reboot now here.")])
-def test_the_words_for_a_request(box, words, code, line):
-    reads(knock(box, *words.split()), code, line)
+def test_the_words_for_a_request(live, words, code, line):
+    reads(knock(live, *words.split()), code, line)
 
-def test_the_words_for_a_config_that_lacks_something(box):
-    none, host = box.lab.dir / "none.conf", "new.example.com"
-    reads(knock(box, conf=none), 78, f"There is no config {none} yet: tariq.py keygen YOU@LAPTOP "
+def test_the_words_for_a_config_that_lacks_something(live):
+    none, host = live.lab.dir / "none.conf", "new.example.com"
+    reads(knock(live, conf=none), 78, f"There is no config {none} yet: tariq.py keygen YOU@LAPTOP "
         f"makes a client's, and "
           "sudo tariq.py init a server's.")
-    reads(knock(box, where=host), 78, f"{host} is not in {box.me}, which has box, box6: enroll "
+    reads(knock(live, where=host), 78, f"{host} is not in {live.me}, which has box, box6: enroll "
         f"there, and tariq.py join "
           f"{host} (README, The first hour).")
-    fresh = write(box.lab.new("fresh.conf"), "[client]\nuser = me@laptop\nclient_gpg_dir = "
+    fresh = write(live.lab.new("fresh.conf"), "[client]\nuser = me@laptop\nclient_gpg_dir = "
         "/nowhere\n", NOBODY)
-    reads(knock(box, conf=fresh, where=host), 78, f"{host} is not in {fresh}, which has no server "
+    reads(knock(live, conf=fresh, where=host), 78, f"{host} is not in {fresh}, which has no server "
         f"yet: enroll there, "
           f"and tariq.py join {host} (README, The first hour).")
     for settings, line in (({"secret": None}, "secret is missing."),
@@ -5323,39 +5327,41 @@ def test_the_words_for_a_config_that_lacks_something(box):
                             "head -c 32 /dev/urandom | base64."),
                            ({"secret_port": 1}, "secret_port is no key that can stand here."),
                            ({"address": "here"}, "address has to be an IP address, or any.")):
-        conf = client_with(box, **settings)
-        reads(knock(box, conf=conf), 78, f"{conf}: [box] {line}")
-    loose = client_with(box)
+        conf = client_with(live, **settings)
+        reads(knock(live, conf=conf), 78, f"{conf}: [box] {line}")
+    loose = client_with(live)
     loose.chmod(0o644)
-    reads(knock(box, conf=loose), 78, f"{loose} is open to others: chmod 600 it (and, if root's "
+    reads(knock(live, conf=loose), 78, f"{loose} is open to others: chmod 600 it (and, if root's "
         f"commands read it, "
           "chown root it).")
-    broken = write(box.lab.new("broken.conf"), "secret = x\n", NOBODY)
-    reads(knock(box, conf=broken), 78, f"{broken} is no INI file: it needs [section] or key = "
+    broken = write(live.lab.new("broken.conf"), "secret = x\n", NOBODY)
+    reads(knock(live, conf=broken), 78, f"{broken} is no INI file: it needs [section] or key = "
         f"value in each line, and "
           "every section and key once.")
 
-def test_the_words_for_options(box):
+def test_the_words_for_options(live):
     for options, line in ((["-p", "1,2,3"], "secret_ports has to be 5 to 32 different ports with "
         "commas between them."),
                           (["--address", "home"], "address has to be an IP address, or any.")):
-        reads(knock(box, options=options), 64, line)
-    reads(knock(box, options=["--transport", "crafted"]), 71,
+        reads(knock(live, options=options), 64, line)
+    reads(knock(live, options=["--transport", "crafted"]), 71,
           "Crafted packets need root: use sudo, or leave --transport out.")
 
-def test_the_words_for_keys(box):
-    ring = box.me.parent / "gpg"
-    reads(knock(box, options=["-u", "who@example.com"]), 65, "Your key, who@example.com, is not in "
+def test_the_words_for_keys(live):
+    ring = live.me.parent / "gpg"
+    reads(knock(live, options=["-u", "who@example.com"]), 65, "Your key, who@example.com, is not "
+        "in "
         "the keyring "
           f"{ring}: renew it, or make one with tariq.py keygen; then enroll it.")
-    reads(knock(box, conf=client_with(box, server_key="0" * 40)), 65,
+    reads(knock(live, conf=client_with(live, server_key="0" * 40)), 65,
           f"The key of box is not in the keyring {ring}: enroll and join again.")
-    reads(knock(box, options=["-g", "/nowhere"]), 69, "There is no keyring /nowhere: tariq.py init "
+    reads(knock(live, options=["-g", "/nowhere"]), 69, "There is no keyring /nowhere: tariq.py "
+        "init "
         "makes a server's, "
           "tariq.py keygen a client's.")
-    (own := box.lab.new("ring")).mkdir(0o700)
+    (own := live.lab.new("ring")).mkdir(0o700)
     os.chown(own, NOBODY, NOBODY)
-    gpg(own, "--import", input=gpg(ring, "--export", config_values(box.me, "box")["server_key"],
+    gpg(own, "--import", input=gpg(ring, "--export", config_values(live.me, "box")["server_key"],
         text=False).stdout,
         text=False)
     for user in ("late@example.com", "gone@example.com"):
@@ -5364,73 +5370,74 @@ def test_the_words_for_keys(box):
         "seconds=1")
     revocation = (own / "openpgp-revocs.d" / f"{fingerprint(own, 'gone@example.com')}.rev").read_text()
     gpg(own, "--import", input=revocation.replace(":-----BEGIN", "-----BEGIN"))
-    conf = client_with(box, ring=own)
+    conf = client_with(live, ring=own)
     for user, why in (("late@example.com", "expired on *"), ("gone@example.com", "is revoked")):
-        reads(knock(box, conf=conf, options=["-u", user]), 65, f"Your key, {user}, {why}: renew "
+        reads(knock(live, conf=conf, options=["-u", user]), 65, f"Your key, {user}, {why}: renew "
             f"it, or make one with "
               "tariq.py keygen; then enroll it.")
 
-def test_the_words_for_a_keyring_whose_path_is_too_long(box):
-    home = box.lab.new("ring") / ("long" * 20)
+def test_the_words_for_a_keyring_whose_path_is_too_long(live):
+    home = live.lab.new("ring") / ("long" * 20)
     home.mkdir(parents=True)
     os.chown(home, NOBODY, NOBODY)
-    conf = write(box.lab.new("tariq.conf"), f"[client]\nuser = me@laptop\nclient_gpg_dir = "
+    conf = write(live.lab.new("tariq.conf"), f"[client]\nuser = me@laptop\nclient_gpg_dir = "
         f"{home}\n", NOBODY)
     os.chown(conf.parent, NOBODY, NOBODY)
-    done = box.lab.tariq(box.client, "keygen", "-c", conf, "me@laptop", user=NOBODY, check=False)
+    done = live.lab.tariq(live.client, "keygen", "-c", conf, "me@laptop", user=NOBODY, check=False)
     os.chown(conf.parent, 0, 0)
     reads(done, 78, f"The keyring's path {home} is too long for gpg-agent: move it to one of at "
         f"most 86 bytes.")
 
-def test_the_words_for_images(box):
-    (covers := box.lab.new("covers")).mkdir()
-    reads(knock(box, options=["-i", covers]), 65, f"There is no PNG image (.png) in the folder "
+def test_the_words_for_images(live):
+    (covers := live.lab.new("covers")).mkdir()
+    reads(knock(live, options=["-i", covers]), 65, f"There is no PNG image (.png) in the folder "
         f"{covers}.")
     (covers / "photo.png").write_text("no PNG")
-    reads(knock(box, options=["-i", covers]), 65,
+    reads(knock(live, options=["-i", covers]), 65,
           f"{covers}/photo.png cannot be read as a PNG image: choose another img_dir.")
 
-def test_the_words_for_the_way_to_the_server(box):
-    reads(knock(box, conf=client_with(box, host="nowhere.invalid")), 75, "nowhere.invalid has no "
+def test_the_words_for_the_way_to_the_server(live):
+    reads(knock(live, conf=client_with(live, host="nowhere.invalid")), 75, "nowhere.invalid has no "
         "address that can be "
           "found here: is it written right? (**)")
-    reads(knock(box, conf=client_with(box, host="203.0.113.1")), 75, "There is no route to "
+    reads(knock(live, conf=client_with(live, host="203.0.113.1")), 75, "There is no route to "
         "203.0.113.1 (203.0.113.1): "
           "is the network up here?")
-    silent, clock = client_with(box,
+    silent, clock = client_with(live,
         host="198.51.100.99"), "The server's log may say why (journalctl -u tariq); it is * " \
         "UTC by this clock, and a minute is too far off."
-    reads(knock(box, conf=silent, timeout=1), 75, f"No answer from box in 1 s, at 198.51.100.99 by "
+    reads(knock(live, conf=silent, timeout=1), 75, f"No answer from box in 1 s, at 198.51.100.99 "
+        f"by "
         f"kernel and udp. {clock}")
-    reads(knock(box, conf=silent, timeout=1, transport="udp"), 75,
+    reads(knock(live, conf=silent, timeout=1, transport="udp"), 75,
           f"No answer from box in 1 s, at 198.51.100.99 by udp. {clock}")
-    reads(knock(box, change=OWN.format("64:ff9b::cb00:714d")), 76, f"The server sees "
-        f"{box.client.ip}, and this machine "
+    reads(knock(live, change=OWN.format("64:ff9b::cb00:714d")), 76, f"The server sees "
+        f"{live.client.ip}, and this machine "
           f"is 64:ff9b::cb00:714d: nothing was opened. If that is your NAT, knock with --address "
-          f"{box.client.ip}; if it "
+          f"{live.client.ip}; if it "
           "is not, somebody relays your knock.")
 
-def test_the_words_for_doors(box):
-    other, at = second_client(box, "neighbour", ("O 22", "C 22")), r"\d\d:\d\d:\d\dZ"
-    assert re.fullmatch(rf"opened tcp/22, udp/53 on box for {box.client.ip} until {at}\n",
-        opens(box, "O", "22", "53/udp"))
-    reads(knock(box, "C", "22", conf=other), 77, f"box says: tcp/22 is open for {box.client.ip} "
+def test_the_words_for_doors(live):
+    other, at = second_client(live, "neighbour", ("O 22", "C 22")), r"\d\d:\d\d:\d\dZ"
+    assert re.fullmatch(rf"opened tcp/22, udp/53 on box for {live.client.ip} until {at}\n",
+        opens(live, "O", "22", "53/udp"))
+    reads(knock(live, "C", "22", conf=other), 77, f"box says: tcp/22 is open for {live.client.ip} "
         f"until *Z, by another "
           "client, who alone closes it.")
-    reads(knock(box, "C", "22", host=box.other), 77, f"box says: tcp/22 is open for "
-        f"{box.client.ip} until *Z, and you "
-          f"came from {box.other.ip}.")
-    assert opens(box, "C", "22", "53/udp") \
-        == f"closed tcp/22 on box for {box.client.ip}; closed udp/53 for {box.client.ip}\n"
-    assert opens(box, "C", "22") == f"tcp/22 was shut already on box for {box.client.ip}\n"
+    reads(knock(live, "C", "22", host=live.other), 77, f"box says: tcp/22 is open for "
+        f"{live.client.ip} until *Z, and you "
+          f"came from {live.other.ip}.")
+    assert opens(live, "C", "22", "53/udp") \
+        == f"closed tcp/22 on box for {live.client.ip}; closed udp/53 for {live.client.ip}\n"
+    assert opens(live, "C", "22") == f"tcp/22 was shut already on box for {live.client.ip}\n"
 
-def test_the_words_for_what_is_missing_on_a_machine(box):
+def test_the_words_for_what_is_missing_on_a_machine(live):
     for module, package, how in (("PIL", "python3-pil", dict(options=["-i", "/tmp"])),
                                  ("scapy", "python3-scapy", dict(transport="crafted"))):
-        reads(knock(box, change=f"sys.modules['{module}'] = None", **how), 69,
+        reads(knock(live, change=f"sys.modules['{module}'] = None", **how), 69,
               f"{module} is missing on this machine: apt-get install {package}")
     user = "env", f"PATH={tariq.PATH}", *as_user(NOBODY)  # of this machine's may not be for nobody
-    reads(box.client.run(*without(box, "gpg"), *user, *knock_words(box), check=False), 69,
+    reads(live.client.run(*without(live, "gpg"), *user, *knock_words(live), check=False), 69,
           "gpg is missing on this machine: apt-get install gnupg")
 
 def without(world, program):
@@ -5456,22 +5463,23 @@ def test_the_words_for_what_is_missing_on_a_servers_machine(idle):
     assert last == "tariq: The listener died, and the doors are closed. Its last line in the log says why; if there is " \
         "none, setpriv failed."
 
-def test_the_words_of_roots_commands(box):
-    program = box.lab.dir / "tariq.py"
+def test_the_words_of_roots_commands(live):
+    program = live.lab.dir / "tariq.py"
     for command in ("init", "check", "hide", "server", "enroll"):
-        done = box.lab.tariq(box.other, command, "-c", box.conf, user=NOBODY, check=False)
+        done = live.lab.tariq(live.other, command, "-c", live.conf, user=NOBODY, check=False)
         reads(done, 71, f"This needs root: sudo {program} {command}")
-    none = box.lab.dir / "none.conf"
+    none = live.lab.dir / "none.conf"
     for command in ("check", "hide", "server"):
-        reads(box.lab.tariq(box.other, command, "-c", none, check=False), 78, f"There is no config "
+        reads(live.lab.tariq(live.other, command, "-c", none, check=False), 78, f"There is no "
+            f"config "
             f"{none} yet: tariq.py "
               "keygen YOU@LAPTOP makes a client's, and sudo tariq.py init a server's.")
-    reads(box.lab.tariq(box.server, "server", "-c", box.conf, check=False), 71,
+    reads(live.lab.tariq(live.server, "server", "-c", live.conf, check=False), 71,
           "A server with this chain runs already: sudo systemctl stop tariq")
 
-def test_the_words_for_a_passphrase_without_a_terminal(locked):
-    locked.shell(f"rm -f {AGENT_CONF}")
-    done = locked.knock("O", "22", check=False, start_new_session=True)
+def test_the_words_for_a_passphrase_without_a_terminal(with_passphrase):
+    with_passphrase.shell(f"rm -f {AGENT_CONF}")
+    done = with_passphrase.knock("O", "22", check=False, start_new_session=True)
     reads(done, 65, "The key in /home/me/.config/tariq/gpg has a passphrase, and there is no "
         "terminal to ask for it: "
           "knock from a terminal, with pinentry-curses installed.")
@@ -5487,15 +5495,16 @@ def test_the_words_of_an_enrolment(remote, laptop):
         f"box.example.com is known by its key {server_key}. Next: tariq.py knock box.example.com O "
         f"22"])
 
-def test_the_words_for_a_full_disk(box):
-    key = box.lab.tariq(box.client, "keygen", "-c", second_client(box, "late"),
+def test_the_words_for_a_full_disk(live):
+    key = live.lab.tariq(live.client, "keygen", "-c", second_client(live, "late"),
         "late@example.com").stdout
-    (disk := box.lab.new("disk")).mkdir()
-    script = (f"mount -t tmpfs -o size=1m,mode=755 tmpfs {disk} && cp -a {box.conf.parent}/. {disk}"
-              f" && sed -i s,{box.conf.parent},{disk}, {disk}/tariq.conf && rm -f "
+    (disk := live.lab.new("disk")).mkdir()
+    script = (f"mount -t tmpfs -o size=1m,mode=755 tmpfs {disk} && cp -a {live.conf.parent}/. "
+        f"{disk}"
+              f" && sed -i s,{live.conf.parent},{disk}, {disk}/tariq.conf && rm -f "
               f"{disk}/.server-gpg/S.*"
               f" && {{ dd if=/dev/zero of={disk}/fill 2>/dev/null; sync; exec \"$@\"; }}")
-    done = box.server.run("sh", "-c", script, "sh", box.lab.dir / "tariq.py", "enroll", "-c",
+    done = live.server.run("sh", "-c", script, "sh", live.lab.dir / "tariq.py", "enroll", "-c",
         disk / "tariq.conf",
                           input=key, check=False)
     reads(done, 71, f"The disk that holds {disk}/.server-gpg is full: make room there.")
@@ -5568,22 +5577,22 @@ def test_the_words_of_the_log_for_a_knock_that_gets_no_answer(idle):
             peer = Peer(idle, conf=idle.lab.dir / name / "tariq.conf").seal()
             logged(f"{refused}{line}", shown, (peer, peer.frames()))
 
-def test_the_words_of_the_log_for_a_config_that_was_changed(box):
-    text, opened = box.conf.read_text(), rf"me@laptop {box.client.ip} O 22/tcp: opened .*\n"
-    for change, line in (("[", f"{box.conf} is no INI file: it needs [section] or key = value in "
+def test_the_words_of_the_log_for_a_config_that_was_changed(live):
+    text, opened = live.conf.read_text(), rf"me@laptop {live.client.ip} O 22/tcp: opened .*\n"
+    for change, line in (("[", f"{live.conf} is no INI file: it needs [section] or key = value in "
         f"each line, and every "
                           "section and key once. The config from before this change holds."),
-                         ("[server", f"{box.conf} is no INI file: it needs [section] or key = "
+                         ("[server", f"{live.conf} is no INI file: it needs [section] or key = "
                          f"value in each line, and "
                           "every section and key once. The config from before this change holds."),
-                         ("[allow bob]\nkey = 1\n", f"{box.conf}: [allow bob] key has to be a "
+                         ("[allow bob]\nkey = 1\n", f"{live.conf}: [allow bob] key has to be a "
                          f"key's fingerprint: 40 "
                           "hexadecimal digits without spaces.")):
-        before = box.tariq.log
-        box.conf.write_text(f"{text}\n{change}")
-        opens(box), opens(box)
-        assert box.tariq.log.removeprefix(before).splitlines()[0] == line
-        assert box.tariq.log.removeprefix(before).count(line) == 1, "once a change"
+        before = live.tariq.log
+        live.conf.write_text(f"{text}\n{change}")
+        opens(live), opens(live)
+        assert live.tariq.log.removeprefix(before).splitlines()[0] == line
+        assert live.tariq.log.removeprefix(before).count(line) == 1, "once a change"
 
 def test_the_words_of_init_and_check(site, remote, laptop):
     again = remote.shell("sudo tariq.py init 2>&1").stdout.splitlines()
