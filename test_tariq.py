@@ -1084,6 +1084,21 @@ def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
     assert b"keyid 0000000000000000" in packets and one[-16:].encode() not in packets.split(b":encrypted")[0], "hidden"
     sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
 
+@pytest.mark.parametrize("prefix", ["x", "[GNUPG:]"])
+def test_a_file_name_that_looks_like_gpgs_status_lines_proves_nothing(world, prefix):
+    """gpg escapes ASCII in the name of a message's file; U+2028 and U+00A0 it passes on."""
+    home = world.lab.new("forger")
+    home.mkdir(0o700)
+    victim, server = (generate(home, user) for user in ("victim@example.com", "server@example.com"))
+    valid = ["VALIDSIG", "1", "1", str(int(time.time())), *"1111111"[:6], victim]
+    lines = [["NEWSIG"], ["GOODSIG"], valid]
+    name = "a" + "".join(f"\u2028{prefix}\u00a0" + "\u00a0".join(line) for line in lines)
+    unsigned = gpg(home, "--set-filename", name, "-r", server, "-e", input=b"x", text=False).stdout
+    with pytest.raises(tariq.Fault, match="not one encrypted message with one valid signature"):
+        tariq.unseal(str(home), unsigned, server)
+    sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
+
+
 # ---- both sides prove who they are: the exchange, spoken by the peer -----------------------------
 
 def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(live):
