@@ -1789,7 +1789,8 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(live):
     refused = wrap.format("opened[1][:1] + bytes([0]) + opened[1][2:]")
     fails(live, REFUSED, "", "O", "23", change=refused)  # a refusal is one, whatever status it claims
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
-    fails(live, 76, "", change=challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'"))
+    no_address = challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'")
+    fails(live, NO_ANSWER, "No answer from box", change=no_address, timeout=3)
 
 # ---- init, keygen, enroll, join ------------------------------------------------------------------
 
@@ -2595,7 +2596,7 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
         with serving(idle, program=program) as server:
             flag.touch()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(LONG) == 0 and server.log.count("Doors may be open: ip") == 2, "it tries both"
+            assert server.process.wait(LONG) == 0 and server.log.count("Doors may be open") == 2, "it tries both"
             flag.unlink()
 
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
