@@ -2053,12 +2053,14 @@ WantedBy=multi-user.target
 """
 
 def locked_directory(path):
-    """Make a config's directory, lock it until this process ends, set the umask, return it."""
+    """Make a config's directory, set the umask -> the directory, and its lock: a descriptor, which
+    this process holds until it closes it, or ends."""
     directory = os.path.dirname(path)
     os.makedirs(directory, 0o711, exist_ok=True)  # a keyring's owner passes through
     os.umask(0o077)  # what comes into it is private
-    fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX)
-    return directory
+    lock = os.open(directory, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return directory, lock
 
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
@@ -2077,15 +2079,18 @@ def write_file(path, text, mode=0o600):
 
 def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
-    locked_directory(path)
+    _, lock = locked_directory(path)
     text = Config(path, root=True).text.rstrip() + "\n"
     server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
     without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
     header, rest = without.split("\n", 1)
     if ports is not None:
         header += f"\npublic_ports = {', '.join(ports) or 'none'}"
-    if server != f"{header}\n{rest}":
-        write_file(path, text.replace(server, f"{header}\n{rest}"))
+    try:
+        if server != f"{header}\n{rest}":
+            write_file(path, text.replace(server, f"{header}\n{rest}"))
+    finally:
+        os.close(lock)  # `hide` may come here twice
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -2121,7 +2126,8 @@ def cmd_init(options):
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
-    directory, name = locked_directory(options.config), socket.gethostname()
+    directory, _ = locked_directory(options.config)
+    name = socket.gethostname()
     home = f"{directory}/.server-gpg"
     if query("id", "tariq")[0]:
         run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
@@ -2212,7 +2218,8 @@ def cmd_keygen(options):
 
         tariq.py keygen me@laptop > me.key"""
     parse("user", options.user)
-    directory, path = locked_directory(options.config), options.config
+    directory, _ = locked_directory(options.config)
+    path = options.config
     if not os.path.exists(path):
         write_file(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
     home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"]))
