@@ -3721,7 +3721,7 @@ class FirstHour:
         self.on_box("useradd --create-home --shell /bin/bash me; cp -r .ssh ~me/; chown -R me: ~me;"
                     "echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me", user="root", quiet=True)
         self.clone("tariq")
-        self.on_box("uptime")
+        self.on_box("true", quiet=True)  # begins it
         self.kept = self.session()
 
     def clone(self, name, change=""):
@@ -3793,7 +3793,7 @@ class FirstHour:
         self.hidden()
         self.knock()
         self.log_in()
-        self.on_box("uptime")
+        self.on_box("true", quiet=True)  # begins it
         self.kept = self.session()
         self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
 
