@@ -3790,6 +3790,7 @@ class FirstHour:
         self.on_box("sudo systemctl reboot", quiet=True, code=(0, 255))
         self.session("exit")  # it would wait for the machine that is gone
         self.boots(2)
+        self.kept = self.session()  # none
         self.hidden()
         self.knock()
         self.log_in()
