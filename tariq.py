@@ -34,20 +34,22 @@ The parts, in the order of the file, and who reads what before trusting it with 
     part                   runs as                is fed by               to be read by
     words, config          both ends              your own files          everybody
     OpenPGP, image, wire   both ends              the network, once the   everybody
-                                                  frame's tag holds
+                                                  frame's tag holds; what
+                                                  is before that is marked
     client                 you                    the server's replies    who knocks
     listener               an unprivileged user   anybody's packets       who runs a server
     programs, doors,       root                   the listener, policy    who runs a server
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json
-import os, queue, re, secrets, select, shlex, signal, socket, struct, subprocess, sys, threading
-import time, zlib
+import argparse, base64, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os, re
+import secrets, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
 from collections import OrderedDict, namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
+if sys.argv[1:2] != ["knock"]:  # which is to be quick, and does without
+    import ctypes, queue
 
 VERSION = "3.0"
 
@@ -87,7 +89,7 @@ def missing(name):
 
 def find_packages():
     """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
-    where it is not asked for, and none ever as root."""
+    where it is not asked for, and as root only if you knock as root."""
     import site
     site.main()
 
@@ -97,7 +99,8 @@ def as_fault(error):
         return error
     if isinstance(error, ImportError):
         return missing(str(error.name).partition(".")[0])
-    if isinstance(error, FileNotFoundError) and "/" not in str(error.filename or "/"):
+    if isinstance(error, (FileNotFoundError, PermissionError)) \
+            and "/" not in str(error.filename or "/"):
         return missing(str(error.filename))  # a program, which was looked for in PATH
     if isinstance(error, ValueError):
         return Fault(USAGE, str(error))
@@ -163,7 +166,7 @@ def address_of(text):
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
 FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
-SOURCE = r"(?=.*(?<!! )(-s|--source) \{(ip|net)\}( |$))"  # and no more than that
+SOURCE = r"(?!.*!\s*(-s|--source))(?=.*(-s|--source) \{(ip|net)\}( |$))"  # for whom: nobody else
 RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
         "right for both families), and {dport}", template_of)
 COMMAND = (FIELDS, "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
@@ -173,7 +176,7 @@ SYNTAX = {
                      "5 to 32 different ports with commas between them", secret_ports_of),
     "secret": ("[A-Za-z0-9+/]{43}=", "32 random bytes in base64, which this prints: "
                "head -c 32 /dev/urandom | base64", base64.b64decode),
-    "key": KEY, "server_key": KEY, "user": LINE, "img_dir": LINE,
+    "key": KEY, "server_key": KEY, "user": ("[^#]+", "one line without #", str), "img_dir": LINE,
     "client_gpg_dir": LINE, "server_gpg_dir": LINE,
     "open_tcp_port": RULE, "open_udp_port": RULE,
     "open_command": COMMAND, "close_command": COMMAND,
@@ -182,7 +185,7 @@ SYNTAX = {
     "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,22}", "a chain of its own, not in capitals", str),
     "public_ports": (".+", "ports as 80/tcp, 443/tcp, or none", public_ports_of),
     "may": (r"[^\0]*", "lines of O PORT..., C PORT... or E COMMAND [ARG...]", patterns_of),
-    "host": (r"(?!(server|client|DEFAULT)$)[\w.:%-]+", "an ASCII name or address", str),
+    "host": (r"(?!(server|client|allow|DEFAULT)$)[\w.:%-]+", "an ASCII name or address", str),
     "address": (".+", "an IP address, or any", address_of),
 }
 IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
@@ -207,8 +210,9 @@ class Config:
 
     A bad edit of a server's: no INI, unreadable, or a fault in [server]: while the server runs, the
     last whole one holds, with the clients it had, and the log says so (Monitor.policy). At a start:
-    exit 78 before anything is touched; so after a reboot the machine is not hidden, and who mends
-    it gets in. A fault in one [allow NAME]: that client is refused, nobody else."""
+    exit 78 before anything is touched: after a reboot the machine is not hidden, and who mends it
+    gets in; at a restart what is hidden stays so, without a door (so `check` first). A fault in one
+    [allow NAME]: that client is refused, nobody else."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -330,7 +334,7 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
     root runs gpg as the directory's owner. Raises Fault."""
     home = os.path.expanduser(home)
     change = as_owner(home) if owner_of(home)[0] and not os.geteuid() else []
-    environment = dict(os.environ)
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}  # so that GPG_FAULTS fits its words
     with suppress(OSError):
         environment["GPG_TTY"] = os.ttyname(2)  # where pinentry asks for a passphrase
     with open(os.memfd_create("gpg's words"), "rb") as memory:
@@ -371,11 +375,11 @@ def list_keys(home, *arguments, data=b""):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
                          "expires": end, "can": fields[10]})  # in capitals: what it is good for now
-        elif keys and kind in ("fpr", "uid"):
+        elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
     if not keys and "agent" in said:
         raise gpg_fault(home, said)
-    return keys
+    return [key for key in keys if "fpr" in key]  # of another version: unknown to Tariq
 
 def trouble_with(key, use, home):
     """Why a key of a keyring (None: it is not there) cannot be used to sign ("S") or to be
@@ -564,7 +568,9 @@ def read_challenge(reply_key, payload):
     if not opened:
         return None
     nonce, patience, seen = opened[1][:32], opened[1][32:34], opened[1][34:]
-    return Challenge(nonce, int.from_bytes(patience, "big"), seen.decode("ascii", "replace"))
+    with suppress(ValueError):  # no address: not one of Tariq's
+        seen = str(ipaddress.ip_address(seen.decode("ascii", "replace")))
+        return Challenge(nonce, int.from_bytes(patience, "big"), seen)
 
 def result_of(done, status, text):
     return bytes([done, status]) + text[:TEXT_MAX]
@@ -713,18 +719,24 @@ class Exchange:
         self.client, self.route = client, route
         self.sealed = None  # until it is needed
 
+    def seal(self):
+        """Make the request, with a new k. It may ask for a passphrase. Raises Fault."""
+        k = os.urandom(32)
+        self.sealed = self.client.seal_request(k)
+        self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
+
     def frames(self):
         """All fragments, in new frames. Raises Fault."""
         if not self.sealed:
-            k = os.urandom(32)
-            self.sealed = self.client.seal_request(k)
-            self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
+            self.seal()
         return fragments_of(self.client.shared, self.knock_id, self.sealed,
                             len(self.route.targets))
 
     def answer(self, challenge, sock):
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
         own, seen, wanted = self.route.own, challenge.seen, self.client.address
+        if wanted != "any" and (":" in wanted) != (":" in seen):
+            wanted = ""  # an address says nothing of the other family
         if wanted:
             right = wanted == "any" or seen in (wanted, own)
         else:
@@ -801,6 +813,7 @@ class Client:
         sockets = {}  # socket: the way that it is of
         chosen = None  # the exchange that was challenged first: no other one is answered
         trouble = ""
+        exchanges[0].seal()  # before the time runs
         wait, end = FIRST_WAIT, monotonic() + seconds
         while monotonic() < end:
             exchange, transport = next(turns)
@@ -897,7 +910,8 @@ def cmd_knock(options):
 #            ANSWER_TIME and REPEAT_TIME of a knock           it ends
 #            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
 #                                                             at most some 300 log lines a second
-#   an enrolled client: as above; a log line a request, and (monitor)
+#   an enrolled client: as above; a log line for each request and rule; and in the monitor, which
+#     does one request at a time
 #            DOORS_MAX doors of its own                       the oldest is closed
 #            COMMANDS_MAX commands of all clients, each for   refused; killed. Nothing bounds what a
 #              command_timeout                                permitted command itself does
@@ -906,14 +920,16 @@ def cmd_knock(options):
 #   the same packet again                                     `gate`: its nonce is in self.seen
 #   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old
 #   the same after a restart                                  `gate`: it is from before self.began
-#     of a client whose clock is ahead, in the next minute    `dialogue`: gets a challenge that
-#   the same request in new frames, by who has the secret       only who knows k can answer
+#   the same after a restart, of a client whose clock is      `dialogue`: who does not know k cannot
+#     ahead, in the minute after it                             answer the challenge
+#   the same request in new frames, by who has the secret     `dialogue`: the same
 #   the same request at another server                        `dialogue`: "to" is another key
 #
-# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the server's key and the
-# secret; request what the `may` of any client permits, for any address (Monitor.handle says no to
-# the rest); write log lines; and send any packet by its socket, on any interface. It cannot receive
-# more than its filter passes, be root, or change config, rules or files.
+# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
+# and replace what is in the server's keyring, also for the next start; request what the `may` of
+# any client permits, for any address (Monitor.handle says no to the rest); write log lines; and
+# send any packet by its socket, on any interface. It cannot receive more than its filter passes, be
+# root, or change the config, a rule or another file.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -1017,8 +1033,12 @@ class Listener:
         with self.lock:
             sources = [other.source for other in self.knocks.values()]
             if len(sources) < KNOCKS_MAX and sources.count(knock.source) < UNANSWERED_MAX:
+                thread = threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True)
                 self.knocks[knock_id] = knock
-                threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True).start()
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no more
+                    del self.knocks[knock_id]
 
     def serve(self, knock_id, knock):
         address, refusal = address_in(knock.packet), None
@@ -1051,30 +1071,31 @@ class Listener:
                                   "knock.")
         # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
-        challenge = nonce, self.patience, address
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
-        self.reply(knock, challenge_of(reply_key, *challenge))
-        while not hmac.compare_digest(piece := self.next_frame(knock, end), expected):
-            if not piece:
+        while True:
+            self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
+            piece = self.next_frame(knock, end)
+            if piece is None:
                 return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
                                 "replies or the answers are lost on the way, or somebody else is.")
-            self.reply(knock, challenge_of(reply_key, *challenge))  # the client still waits for it
+            if hmac.compare_digest(piece, expected):
+                break  # else it is the knock again: its client still waits for the challenge
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
             result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
             end = monotonic() + REPEAT_TIME
             self.reply(knock, frame(reply_key, b"result", result))
-            while self.next_frame(knock, end):
+            while self.next_frame(knock, end) is not None:
                 self.reply(knock, frame(reply_key, b"result", result))
 
     def next_frame(self, knock, end):
-        """What the client sends again, or its answer; b"" when the time is over."""
+        """What the client sends again, or its answer; None when the time is over."""
         left = end - monotonic()
         with suppress(queue.Empty):
             if left > 0:
                 return knock.frames.get(timeout=left)
-        return b""
+        return None
 
     def reply(self, knock, payload):
         """To where the knock came from, by the interface and link address that it came by."""
@@ -1100,7 +1121,7 @@ class Listener:
             self.log(text)
 
     def log(self, text):
-        self.tell(log=text)
+        self.tell(log=text[:600])  # as JSON 12 bytes a character at most: fits MESSAGE_MAX
 
     def tell(self, **message):
         """log=text, ready=True, or request=[knock id, signer, command, address], for Monitor."""
@@ -1155,17 +1176,19 @@ def cmd_listener(descriptors):
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else (the listener: HOME=/; gpg: also GPG_TTY); no shell;
-# descriptors 0 to 2 only; cwd / (but gpg). In the service all of them are in the unit's sandbox.
+# descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd / (but gpg). In the
+# service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
 #   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
 #     -legacy -S
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
-#   ss, firewall-cmd (hide); id, useradd run, query      root             60 s      OUTPUT_ROOM
-#     systemctl, gpgconf (init)
-#   gpg on what an admin gives it        gpg, above      keyring's owner  60 s      in memory
-#     (init, check, enroll)
+#   ss, firewall-cmd (hide); id, useradd run, query      root             15 s      OUTPUT_ROOM
+#     (init)
+#   systemctl (init)                     run             root             60 s      OUTPUT_ROOM
+#   gpg on what an admin gives it,       gpg, run        keyring's owner  60 s      in memory
+#     gpgconf (init, check, enroll)
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
 #
@@ -1274,7 +1297,8 @@ ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
 # What goes on where all else is dropped: answers and errors; of IPv6 (RFC 4890, 4.4) errors 1-4,
 # neighbour discovery 133-136, multicast listener discovery 130-132 and 143; DHCP's answers.
 KEPT = {
-    4: [ESTABLISHED, "-i lo -j ACCEPT", "-p udp -m udp --sport 67 --dport 68 -j ACCEPT"],
+    4: [ESTABLISHED, "-i lo -j ACCEPT",
+        "-d 255.255.255.255/32 -p udp -m udp --sport 67 --dport 68 -j ACCEPT"],  # draws no ICMP
     6: [ESTABLISHED, "-i lo -j ACCEPT", "-s fe80::/10 -p udp -m udp --dport 546 -j ACCEPT",
         *(f"-p ipv6-icmp -m icmp6 --icmpv6-type {number} -j ACCEPT"
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
@@ -1312,26 +1336,31 @@ class Iptables:
         if status:
             raise Fault(SYSTEM, f"{IPTABLES[family]}-restore refuses this.", output[:300])
 
-    def put_back(self, family, starting=False):
-        """Make and link what INPUT lacks of ours; no door at the start -> INPUT's rules then."""
-        rules, chain = self.rules(family, "INPUT"), self.rules(family, self.chain)
-        lines = [] if chain else [f"-N {self.chain}"]
-        if starting:
-            lines, chain = [*lines, f"-F {self.chain}"], []
-        if starting or not self.jumps() <= set(rules):
-            lines += self.linking_lines(family, rules)
-        # What is established stays so, also when INPUT is hidden later: the kernel tracks it from
-        # now on. Where INPUT was flushed, and its policy drops all, add what else has to go on.
+    def put_back(self, family, without_doors=False):
+        """Make and link what INPUT lacks of ours; without doors, as at start and stop, all of it
+        anew -> INPUT's rules then. Raises Fault."""
+        rules = self.rules(family, "INPUT")
         flushed = "-P INPUT DROP" in rules \
             and all(self.chain in rule for rule in rules if rule.startswith("-A"))
+        linked = self.jumps() <= set(rules)
+        if linked and not flushed and not without_doors:
+            return rules
+        chain = self.rules(family, self.chain)
+        lines = [] if chain else [f"-N {self.chain}"]
+        if without_doors:
+            lines, chain = [*lines, f"-F {self.chain}"], []
+        if without_doors or not linked:
+            lines += self.linking_lines(family, rules)
+        # What is established stays so, also when INPUT is hidden later: with this rule the kernel
+        # begins to track it. Where INPUT was flushed, and its policy drops all, what else has to go
+        # on is added.
         lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]
                   if (flushed or rule == ESTABLISHED) and f"-A {self.chain} {rule}" not in chain]
-        if not lines:
-            return rules
-        if not starting:
-            log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload of "
-                "the firewall?): it is put back.")
-        self.transact(family, lines)
+        if lines:
+            if not without_doors:
+                log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload "
+                    "of the firewall?): it is put back.")
+            self.transact(family, lines)
         return self.rules(family, "INPUT")
 
     def jumps(self):
@@ -1371,7 +1400,7 @@ class Iptables:
         """At the start: link the chains, close every door, try the rules that open doors."""
         for family, program in IPTABLES.items():
             try:
-                rules = self.put_back(family, starting=True)
+                rules = self.put_back(family, without_doors=True)
                 self.families.add(family)
                 for port in ("9/tcp", "9/udp"):
                     self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
@@ -1430,8 +1459,9 @@ class Iptables:
             found.append("another rule stands before Tariq's in INPUT, and may refuse you")
         if rules[0].startswith("#"):  # a warning: the older kind of iptables has rules, too
             older = f"{IPTABLES[family]}-legacy"
-            if re.search("DROP|REJECT", query(older, "-S", "INPUT")[1]):
-                found.append(f"the rules of {older} may refuse you")
+            with suppress(Fault):  # it is missing
+                if re.search("DROP|REJECT", query(older, "-S", "INPUT")[1]):
+                    found.append(f"the rules of {older} may refuse you")
         if not self.drops(rules):
             found.append("INPUT drops nothing: no port is hidden")
         return "; ".join(found)
@@ -1440,9 +1470,10 @@ class Iptables:
         """-> whether it was open."""
         return run(*self.words("-D", door), accept=1)[0] == 0
 
-    def close_all(self, _doors):
+    def stop(self, _doors):
         for family in self.families:
-            yield [IPTABLES[family], *WAIT, "-F", self.chain]
+            with closing_on():
+                self.put_back(family, without_doors=True)
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1450,6 +1481,8 @@ class Commands:
     def __init__(self, config):
         self.chain = "commands"  # in the name of the server's lock
         self.opening, self.closing = config.get("open_command"), config.get("close_command")
+        if ("{net}" in self.opening) != ("{net}" in self.closing):
+            raise Fault(CONFIG, "open_command and close_command need the same of {ip} and {net}.")
 
     def prepare(self):
         if "{until}" not in self.opening and "{seconds}" not in self.opening:
@@ -1473,9 +1506,18 @@ class Commands:
             log(f"close_command: {output.strip()[:300] or status}")
         return True
 
-    def close_all(self, doors):
+    def stop(self, doors):
         for door in doors:
-            yield door.fill(self.closing)
+            with closing_on():
+                run(*door.fill(self.closing))
+
+@contextmanager
+def closing_on():
+    """At the end: whatever becomes of one door, the others are closed."""
+    try:
+        yield
+    except Exception as error:
+        log(f"{as_fault(error)} Doors may be open.")
 
 TRIAL = 120  # seconds for which `hide` hides, unless a connection comes in through a door
 
@@ -1517,15 +1559,17 @@ def try_hiding(config, firewall, ports):
     """Hide for a trial; for good if a connection comes in through a door -> whether one did.
     What changes: a chain with DROP at its end, and a jump to it in INPUT (nowhere else: what Docker
     forwards is not hidden). The jump bears its own end: after TRIAL seconds the kernel passes it
-    by, whatever became of this program, the session or the network. Only after a connection: the
-    line public_ports in the config, and the same jump without an end."""
+    by, whatever became of this program, the session or the network. Only after a door has
+    let the first packet of a connection in: the line public_ports in the config, and the same jump
+    without an end. (That packet shows the way in, not that a service answered.)"""
     for family in IPTABLES:
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
     firewall.public_ports = ports
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
         signal.signal(number, signal.default_int_handler)
-    kept, before = False, packets_in(firewall)
+    came_in = kept = False
+    before = packets_in(firewall)
     try:
         hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
         hidden = [port for port in listening_ports() if port not in ports]
@@ -1533,14 +1577,15 @@ def try_hiding(config, firewall, ports):
             f". Public as before: {' '.join(ports) or 'none'}. All else is dropped.")
         log("Now, in another terminal, on a client: knock (O 22), then connect (ssh).")
         end = monotonic() + TRIAL
-        while monotonic() < end and not kept:
+        while monotonic() < end and not came_in:
             time.sleep(1)
             now = packets_in(firewall)
-            kept = any(count > before.get(rule, 0) for rule, count in now.items())
+            came_in = any(count > before.get(rule, 0) for rule, count in now.items())
             before = now
-        if kept:
+        if came_in:
             set_public_ports(config.path, ports)
             hide(firewall)
+            kept = True
     finally:
         if not kept:
             unhide(config, firewall)
@@ -1560,15 +1605,17 @@ def hide(firewall, limit=""):
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
-    if "public_ports" in config.values["server"]:
-        set_public_ports(config.path, None)
+    set_public_ports(config.path, None)
     for family in IPTABLES:
-        rules = []
-        with suppress(Fault):  # without ip6tables nothing was hidden by it
+        try:
             rules = firewall.rules(family, "INPUT")
+        except Fault:
+            if family == 4:
+                raise
+            continue  # without ip6tables nothing was hidden by it
         lines = [rule.replace("-A", "-D", 1) for rule in rules
                  if rule.endswith(f"-j {firewall.hiding_chain}")]
-        if rules and firewall.rules(family, firewall.hiding_chain):
+        if firewall.rules(family, firewall.hiding_chain):
             lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
         if lines:
             firewall.transact(family, lines)
@@ -1577,10 +1624,11 @@ def listening_ports():
     """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
     ports = {}
     for line in query("ss", "-Hlntu")[1].splitlines():
-        protocol, _, _, _, local, *_ = line.split()
-        address, _, port = local.rpartition(":")
-        if not address.startswith(("127.", "[::1]")):
-            ports[f"{port}/{protocol}"] = int(port)
+        with suppress(ValueError):  # a line that was cut
+            protocol, _, _, _, local, *_ = line.split()
+            address, _, port = local.rpartition(":")
+            if not address.startswith(("127.", "[::1]")):
+                ports[f"{port}/{protocol}"] = int(port)
     return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
@@ -1608,11 +1656,13 @@ def take_lock(name):
 # What ends what           doors                         commands, listener     what is hidden
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
+#                          (open_command: as it says)
 #   the listener's death   closed: exit 70, `stop`       the same               stays
 #   a reboot               gone                          gone                   again, if it starts
 # Connections that are there go on. A client that is taken out of the config is refused from its
 # next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
-# knock; log lines may be lost. After a SIGKILL systemd starts it again, and a start closes doors.
+# knock; log lines may be lost. After a SIGKILL systemd starts it again, in 5 s, and a start closes
+# what iptables has of doors. gpg-agent ends with the service; by hand, with its keyring.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 
@@ -1770,18 +1820,16 @@ class Monitor:
                 door.deadline = monotonic() + 1
 
     def look_after_firewall(self):
-        """Put back what a flush took, in both families, once the client has its answer."""
+        """Put back what a flush took, in both families, once nobody waits."""
+        if select.select([self.channel], [], [], 0)[0]:
+            return
         for family in IPTABLES:
             with suppress(Exception):  # the next door says it
                 self.firewall.put_back(family)
 
     def stop(self):
         """At the end, whatever it is: no door. By pdeathsig, listener and commands end, too."""
-        for words in self.firewall.close_all(list(self.doors.values())):
-            try:
-                run(*words)
-            except Exception as error:  # whatever it is, the others follow
-                log(f"{as_fault(error)} Doors may be open: {shlex.join(words)}")
+        self.firewall.stop(list(self.doors.values()))
 
     def execute(self, knock_id, event, words):
         """Start a permitted command, which ends with this server (but in a session of its own)."""
@@ -1790,15 +1838,17 @@ class Monitor:
         log(f"+ {shlex.join(words)}")
         try:
             process = launch(words, self.patience, ["setpriv", "--pdeathsig", "TERM"])
-        except OSError:
+            threading.Thread(target=self.await_command, args=(process, knock_id, event),
+                             daemon=True).start()
+        except Exception:
             self.command_slots.release()
             raise
-        threading.Thread(target=self.await_command, args=(process, knock_id, event),
-                         daemon=True).start()
 
     def await_command(self, process, knock_id, event):
-        status, output = finished(process)
-        self.command_slots.release()
+        try:
+            status, output = finished(process)
+        finally:
+            self.command_slots.release()
         self.finish(knock_id, f"{event}: exit status {status}", result_of(True, status, output))
 
     def finish(self, knock_id, event, result):
@@ -1870,6 +1920,7 @@ def filter_lines(ports):
     ]
 
 SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/socket.h
+SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h, since Linux 4.20
 
 def packet_socket(ports):
     """A socket that gets frames only, of all interfaces; root's filter on it is locked."""
@@ -1884,6 +1935,8 @@ def packet_socket(ports):
     program = struct.pack("HP", len(lines), ctypes.addressof(memory))
     packets.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     packets.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    with suppress(OSError):  # an older kernel: the filter drops what goes out, later
+        packets.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
     try:
         packets.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
     except PermissionError:  # in a container
@@ -1896,6 +1949,17 @@ def packet_socket(ports):
         raise OSError(ctypes.get_errno(), "the packet socket cannot be bound")
     return packets
 
+# linux/capability.h: what the server's parts need; a container may have less.
+CAPABILITIES = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_NET_ADMIN": 12,
+                "CAP_NET_RAW": 13}
+
+def need_capabilities():
+    with open("/proc/self/status", encoding="ascii") as file:
+        effective = int(re.search(r"(?m)^CapEff:\s*(\w+)", file.read())[1], 16)
+    if lacking := [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]:
+        raise Fault(SYSTEM, f"This container or service lacks {', '.join(lacking)}, which a server "
+                            "needs.")
+
 def cmd_server(options):
     """Listen for knocks, as root: this is what the service runs. SIGTERM ends it and closes every
     door. Example:
@@ -1903,6 +1967,7 @@ def cmd_server(options):
         sudo tariq.py server"""
     notify_socket = os.environ.get("NOTIFY_SOCKET", "")
     need_root()
+    need_capabilities()
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -1951,8 +2016,6 @@ Conflicts=shutdown.target
 [Service]
 Type=notify
 ExecStart={PROGRAM} server
-ExecStopPost=-/usr/sbin/iptables -w 5 -F tariq
-ExecStopPost=-/usr/sbin/ip6tables -w 5 -F tariq
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=64 69 78
@@ -1960,6 +2023,7 @@ KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
 LimitCORE=0
+MemoryMax=1G
 UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
@@ -1989,12 +2053,14 @@ WantedBy=multi-user.target
 """
 
 def locked_directory(path):
-    """Make a config's directory, lock it until this process ends, set the umask, return it."""
+    """Make a config's directory, set the umask -> the directory, and its lock: a descriptor, which
+    this process holds until it closes it, or ends."""
     directory = os.path.dirname(path)
     os.makedirs(directory, 0o711, exist_ok=True)  # a keyring's owner passes through
     os.umask(0o077)  # what comes into it is private
-    fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX)
-    return directory
+    lock = os.open(directory, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return directory, lock
 
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
@@ -2013,14 +2079,18 @@ def write_file(path, text, mode=0o600):
 
 def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
-    locked_directory(path)
+    _, lock = locked_directory(path)
     text = Config(path, root=True).text.rstrip() + "\n"
     server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
     without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
     header, rest = without.split("\n", 1)
     if ports is not None:
         header += f"\npublic_ports = {', '.join(ports) or 'none'}"
-    write_file(path, text.replace(server, f"{header}\n{rest}"))
+    try:
+        if server != f"{header}\n{rest}":
+            write_file(path, text.replace(server, f"{header}\n{rest}"))
+    finally:
+        os.close(lock)  # `hide` may come here twice
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -2056,7 +2126,8 @@ def cmd_init(options):
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
-    directory, name = locked_directory(options.config), socket.gethostname()
+    directory, _ = locked_directory(options.config)
+    name = socket.gethostname()
     home = f"{directory}/.server-gpg"
     if query("id", "tariq")[0]:
         run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
@@ -2146,7 +2217,9 @@ def cmd_keygen(options):
     on the server reads. Example:
 
         tariq.py keygen me@laptop > me.key"""
-    directory, path = locked_directory(options.config), options.config
+    parse("user", options.user)
+    directory, _ = locked_directory(options.config)
+    path = options.config
     if not os.path.exists(path):
         write_file(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
     home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"]))
@@ -2161,7 +2234,8 @@ def cmd_enroll(options):
     """Allow a client on this server, as root: its public key comes on standard input. It prints
     the profile that join on the client reads. Example:
 
-        sudo tariq.py enroll --allow "O 22" --allow "C 22" < me.key > me.profile"""
+        tariq.py keygen me@laptop | ssh root@box.example.com tariq.py enroll \\
+            --allow "O 22" --allow "C 22" | tariq.py join box.example.com"""
     need_root()
     allow = "\n".join(" ".join(words) for words in options.allow or [["O 22"]])  # by ssh, words
     lines = [shlex.join(words) for words in patterns_of(allow)]
