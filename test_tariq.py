@@ -6120,7 +6120,7 @@ class FirstHour:
         self.on_box(r"sudo sed -i 's/^\[server\]/&\nopen_timout = 60/' /etc/tariq/tariq.conf")
         self.on_box("sudo tariq.py check", code=(78,), said="open_timout")
         self.on_box("sudo systemctl restart tariq", code=(1,))
-        self.on_box("sudo journalctl --no-pager -o cat -n 5 -u tariq", said="open_timout")
+        self.on_box("sudo journalctl --no-pager -o cat -n 20 -u tariq", said="open_timout")
         assert not self.stranger.connects(self.addresses[0], timeout=3)
         self.on_box("sudo sed -i /open_timout/d /etc/tariq/tariq.conf")
         self.on_box("sudo systemctl restart tariq")
