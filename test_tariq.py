@@ -6071,7 +6071,7 @@ class FirstHour:
         self.on_box("useradd --create-home --shell /bin/bash me; cp -r .ssh ~me/; chown -R me: ~me;"
                     "echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me", user="root", quiet=True)
         self.clone("tariq")
-        self.on_box("uptime")
+        self.on_box("true", quiet=True)  # begins it
         self.kept = self.session()
 
     def clone(self, name, change=""):
@@ -6140,10 +6140,11 @@ class FirstHour:
         self.on_box("sudo systemctl reboot", quiet=True, code=(0, 255))
         self.session("exit")  # it would wait for the machine that is gone
         self.boots(2)
+        self.kept = self.session()  # none
         self.hidden()
         self.knock()
         self.log_in()
-        self.on_box("uptime")
+        self.on_box("true", quiet=True)  # begins it
         self.kept = self.session()
         self.on_box("sudo iptables -S INPUT; sudo ip6tables -S INPUT", said="-j tariq-hide")
 
@@ -6157,7 +6158,7 @@ class FirstHour:
         self.on_box(r"sudo sed -i 's/^\[server\]/&\nopen_timout = 60/' /etc/tariq/tariq.conf")
         self.on_box("sudo tariq.py check", code=(78,), said="open_timout")
         self.on_box("sudo systemctl restart tariq", code=(1,))
-        self.on_box("sudo journalctl --no-pager -o cat -n 5 -u tariq", said="open_timout")
+        self.on_box("sudo journalctl --no-pager -o cat -n 20 -u tariq", said="open_timout")
         assert not self.stranger.connects(self.addresses[0], timeout=3)
         self.on_box("sudo sed -i /open_timout/d /etc/tariq/tariq.conf")
         self.on_box("sudo systemctl restart tariq")
