@@ -377,7 +377,7 @@ def list_keys(home, *arguments, data=b""):
                          "expires": end, "can": fields[10]})  # in capitals: what it is good for now
         elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
-    if not keys and "agent" in said:
+    if not keys and not data and "agent" in said:
         raise gpg_fault(home, said)
     return [key for key in keys if "fpr" in key]  # of another version: unknown to Tariq
 
@@ -891,9 +891,12 @@ def cmd_knock(options):
     # ssh may take either family: open the other one's door, too. Never run a command twice.
     others = [route for route in routes if route.family != exchange.route.family]
     if others and client.command[0] != "E":
-        with suppress(Fault):  # it is an extra
+        try:
             _, _, result = client.knock(others, [transport], 3 * (monotonic() - began))
             status, fault = report(client, result), None
+        except Fault as error:  # an extra; but what may be open is said to be
+            if client.command[0] == "C":
+                log(f"tariq: not closed for {others[0].address}: {error}")
     if fault:
         raise fault
     return status
@@ -1076,8 +1079,8 @@ class Listener:
             self.reply(knock, challenge_of(reply_key, nonce, self.patience, address))
             piece = self.next_frame(knock, end)
             if piece is None:
-                return self.log(f"{address}: {signer} got a challenge, and did not answer it: the "
-                                "replies or the answers are lost on the way, or somebody else is.")
+                return self.log(f"{address}: {signer} got a challenge, and did not answer it: lost "
+                                "on the way, or the client got in by another, or somebody relays its knocks.")
             if hmac.compare_digest(piece, expected):
                 break  # else it is the knock again: its client still waits for the challenge
         knock.source = None
@@ -1186,7 +1189,7 @@ def cmd_listener(descriptors):
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
 #   ss, firewall-cmd (hide); id, useradd run, query      root             15 s      OUTPUT_ROOM
 #     (init)
-#   systemctl (init)                     run             root             60 s      OUTPUT_ROOM
+#   systemctl (init)                     run             root             120 s     OUTPUT_ROOM
 #   gpg on what an admin gives it,       gpg, run        keyring's owner  60 s      in memory
 #     gpgconf (init, check, enroll)
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
@@ -2154,7 +2157,7 @@ def cmd_init(options):
     else:
         run("systemctl", "daemon-reload", seconds=60)
         run("systemctl", "enable", "tariq", seconds=60)
-        run("systemctl", "restart", "tariq", seconds=60)
+        run("systemctl", "restart", "tariq", seconds=120)
         log(f"The server runs, by tariq.py {VERSION}.")
     if not config.clients:
         log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
