@@ -1080,7 +1080,8 @@ class Listener:
             piece = self.next_frame(knock, end)
             if piece is None:
                 return self.log(f"{address}: {signer} got a challenge, and did not answer it: lost "
-                                "on the way, or the client got in by another, or somebody relays its knocks.")
+                                "on the way, or the client got in by another, or somebody relays "
+                                "its knocks.")
             if hmac.compare_digest(piece, expected):
                 break  # else it is the knock again: its client still waits for the challenge
         knock.source = None
