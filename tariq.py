@@ -2117,6 +2117,18 @@ def install():
         write_file(path, text, mode)
     return systemd
 
+def make_server(path, home, owner, name):
+    """The keyring of a new server, its key if none is there, and its config."""
+    os.makedirs(home, exist_ok=True)
+    os.chown(home, owner.pw_uid, owner.pw_gid)
+    known = list_keys(home, "--list-secret-keys")
+    key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
+    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
+    ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
+    secret = base64.b64encode(os.urandom(32)).decode()
+    write_file(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
+                     f"server_gpg_dir = {home}\nserver_key = {key}\n")
+
 def cmd_init(options):
     """Set up a server, as root: user, keyring, key, config and service. Run again with a newer
     tariq.py it is the upgrade; keys and config stay. Example:
@@ -2139,16 +2151,7 @@ def cmd_init(options):
     if not 0 < owner.pw_uid < 1000:
         raise Fault(SYSTEM, "The account tariq is a person's: see README, By hand, for another.")
     if not os.path.exists(options.config):
-        os.makedirs(home, exist_ok=True)
-        os.chown(home, owner.pw_uid, owner.pw_gid)
-        known = list_keys(home, "--list-secret-keys")
-        key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
-        run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
-        ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
-        secret = base64.b64encode(os.urandom(32)).decode()
-        write_file(options.config,
-                   f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
-                   f"server_gpg_dir = {home}\nserver_key = {key}\n")
+        make_server(options.config, home, owner, name)
     if options.config != ROOT_CONFIG:
         return log(f"Run: tariq.py server -c {options.config}")  # another one's set-up, by hand
     config = Config(options.config, root=True)
