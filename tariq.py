@@ -176,7 +176,7 @@ SYNTAX = {
                      "5 to 32 different ports with commas between them", secret_ports_of),
     "secret": ("[A-Za-z0-9+/]{43}=", "32 random bytes in base64, which this prints: "
                "head -c 32 /dev/urandom | base64", base64.b64decode),
-    "key": KEY, "server_key": KEY, "user": ("[^#]+", "one line without #", str), "img_dir": LINE,
+    "key": KEY, "server_key": KEY, "user": (r"[^#\n]+", "one line without #", str), "img_dir": LINE,
     "client_gpg_dir": LINE, "server_gpg_dir": LINE,
     "open_tcp_port": RULE, "open_udp_port": RULE,
     "open_command": COMMAND, "close_command": COMMAND,
@@ -376,10 +376,10 @@ def list_keys(home, *arguments, data=b""):
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
                          "expires": end, "can": fields[10]})  # in capitals: what it is good for now
         elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
-            keys[-1].setdefault(kind, fields[8])  # the first: the primary key's
+            keys[-1].setdefault(kind, fields[8])  # the first: the primary key's, of 40 digits
     if not keys and not data and "agent" in said:
         raise gpg_fault(home, said)
-    return [key for key in keys if "fpr" in key]  # of another version: unknown to Tariq
+    return keys
 
 def trouble_with(key, use, home):
     """Why a key of a keyring (None: it is not there) cannot be used to sign ("S") or to be
@@ -814,7 +814,8 @@ class Client:
         chosen = None  # the exchange that was challenged first: no other one is answered
         trouble = ""
         exchanges[0].seal()  # before the time runs
-        wait, end = FIRST_WAIT, monotonic() + seconds
+        began = monotonic()
+        wait, end = FIRST_WAIT, began + seconds
         while monotonic() < end:
             exchange, transport = next(turns)
             frames = exchange.frames()
@@ -830,6 +831,7 @@ class Client:
             for sock, payload in payloads(sockets, again):
                 exchange, transport = sockets[sock]
                 if result := read_result(exchange.reply_key, payload):
+                    self.took = monotonic() - began
                     return exchange, transport, result
                 challenge = read_challenge(exchange.reply_key, payload)
                 if challenge and chosen in (None, exchange):
@@ -879,7 +881,6 @@ def cmd_knock(options):
         tariq.py knock box.example.com E service httpd restart"""
     client = Client(options, command_of([options.action, *options.words]))
     routes = find_routes(client.target, options.family, client.ports)
-    began = monotonic()
     exchange, transport, result = client.knock(routes, options.transport, options.timeout)
     fault = None
     try:
@@ -892,7 +893,7 @@ def cmd_knock(options):
     others = [route for route in routes if route.family != exchange.route.family]
     if others and client.command[0] != "E":
         try:
-            _, _, result = client.knock(others, [transport], 3 * (monotonic() - began))
+            _, _, result = client.knock(others, [transport], 3 * client.took)
             status, fault = report(client, result), None
         except Fault as error:  # an extra; but what may be open is said to be
             if client.command[0] == "C":
@@ -921,7 +922,8 @@ def cmd_knock(options):
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old
+#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old;
+#                                                               before, it draws a challenge
 #   the same after a restart                                  `gate`: it is from before self.began
 #   the same after a restart, of a client whose clock is      `dialogue`: who does not know k cannot
 #     ahead, in the minute after it                             answer the challenge
@@ -1179,9 +1181,9 @@ def cmd_listener(descriptors):
         channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else (the listener: HOME=/; gpg: also GPG_TTY); no shell;
-# descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd / (but gpg). In the
-# service all of them are in the unit's sandbox.
+# Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL and
+# GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd / (but
+# gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
 #   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
@@ -1192,7 +1194,7 @@ def cmd_listener(descriptors):
 #     (init)
 #   systemctl (init)                     run             root             120 s     OUTPUT_ROOM
 #   gpg on what an admin gives it,       gpg, run        keyring's owner  60 s      in memory
-#     gpgconf (init, check, enroll)
+#     gpgconf (init, check, enroll, start)
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
 #
@@ -1296,6 +1298,7 @@ class Door:
 
 IPTABLES = {4: "iptables", 6: "ip6tables"}
 WAIT = ("-w", "5")  # seconds for the lock that iptables' programs share
+LOCK_HELD = 4  # their exit status then (iptables(8))
 EXAMPLES = {4: "192.0.2.1", 6: "2001:db8::1"}  # documentation addresses, to try a rule with
 ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
 # What goes on where all else is dropped: answers and errors; of IPv6 (RFC 4890, 4.4) errors 1-4,
@@ -1432,12 +1435,14 @@ class Iptables:
         return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
-        if all(query(*self.words("-A", door))[0] for _ in range(2)):  # twice: a lock may be held
+        refusals = [query(*self.words("-A", door))[0] for _ in range(2)]
+        if not {0, LOCK_HELD} & set(refusals):
             log(f"{IPTABLES[door.family]} refuses a rule with a time limit: no xt_time here?")
             for protocol, template in self.templates.items():
                 self.templates[protocol] = template.replace(TIME_LIMIT, "")
             run(*self.words("-A", door))
-        query(*self.words("-D", door))
+        for _ in refusals:
+            query(*self.words("-D", door))
 
     def words(self, action, door):
         rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
@@ -1647,14 +1652,14 @@ def packets_in(firewall):
 
 def take_lock(name):
     """Hold a lock of this network namespace, as each has its own chains, until this process ends,
-    however it does. -> False where another one has it."""
+    however it does, or closes it -> its descriptor; None where another one has it."""
     namespace = os.stat("/proc/self/ns/net").st_ino
     lock = os.open(f"/run/tariq-{name}-{namespace}.lock", os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    return True
+        return None
+    return lock
 
 # ---- monitor: requests in, policy, doors and commands --------------------------------------------
 # What ends what           doors                         commands, listener     what is hidden
@@ -1714,9 +1719,10 @@ class Monitor:
             self.config_stamp = stamp
             try:
                 config = Config(self.config.path, root=True)
+                # Also of one with a fault: `hide --undo` has to hold.
+                self.firewall.public_ports = config.get("public_ports", default=None)
                 config.require("server")
                 self.config = config
-                self.firewall.public_ports = config.get("public_ports", default=None)
                 for line in config.all_faults():
                     log(line)
             except (Fault, OSError) as error:
@@ -1824,7 +1830,8 @@ class Monitor:
                 door.deadline = monotonic() + 1
 
     def look_after_firewall(self):
-        """Put back what a flush took, in both families, once nobody waits."""
+        """Put back what a flush took of jumps and of what is kept (not doors: their clients knock
+        again), in both families, once nobody waits."""
         if select.select([self.channel], [], [], 0)[0]:
             return
         for family in IPTABLES:
@@ -1983,6 +1990,11 @@ def cmd_server(options):
     if "server" in config.faults:
         raise Fault(CONFIG, f"No server: [server] in {config.path} has a fault, as said above.")
     monitor = Monitor(config, notify_socket)
+    # What would end the listener later is found now, before a machine is hidden without a way in.
+    as_owner(monitor.home)
+    key = find_key(monitor.home, "--list-secret-keys", config.get("server_key"))
+    if trouble := trouble_with(key, "E", monitor.home):
+        raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
     if not take_lock(monitor.firewall.chain):
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
     try:
@@ -2182,7 +2194,7 @@ def cmd_check(options):
             faults.append(str(as_fault(error)))
     if home := config.get("server_gpg_dir", default=None):
         attempt(as_owner, home)
-        keys = {key["fpr"]: key for option in ("--list-keys", "--list-secret-keys")
+        keys = {key.get("fpr"): key for option in ("--list-keys", "--list-secret-keys")
                 for key in attempt(list_keys, home, option) or []}
         wanted = {config.get("server_key", default=""): "server", **config.clients}
         for fingerprint, section in wanted.items():
@@ -2196,7 +2208,8 @@ def cmd_check(options):
     if "open_command" in config.values["server"]:
         attempt(Commands, config)
     elif firewall := attempt(Iptables, config):
-        if take_lock(firewall.chain):
+        if lock := take_lock(firewall.chain):
+            os.close(lock)
             log("No server runs: sudo systemctl status tariq")
         for family, program in IPTABLES.items():
             try:
@@ -2211,7 +2224,7 @@ def cmd_check(options):
 def show_key(home, text):
     """The key in a text, which is to hold one public key; nothing is imported. Raises Fault."""
     keys = list_keys(home, "--show-keys", data=text)
-    if [key["kind"] for key in keys] != ["pub"] or "uid" not in keys[0]:
+    if [key["kind"] for key in keys] != ["pub"] or not {"uid", "fpr"} <= set(keys[0]):
         raise Fault(BAD_DATA, "One public key has to come on standard input, which tariq.py keygen "
                               "prints. Did keygen fail?")
     if (ahead := keys[0]["created"] - time.time()) > CLOCK_SKEW:
