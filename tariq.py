@@ -1182,8 +1182,8 @@ def cmd_listener(descriptors):
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL and
-# GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd / (but
-# gpg). In the service all of them are in the unit's sandbox.
+# GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
+# (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
 #   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
