@@ -4297,6 +4297,16 @@ def test_enroll_takes_key_and_profile_as_files_where_sudo_asks_for_a_password(fr
 
 # ---- hide ----------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("setting, value, code", [
+    ("server_key", "0" * 40, 78), ("server_gpg_dir", "/nonexistent", 69), ("server_gpg_dir", "/", 78)])
+def test_a_server_that_could_let_nobody_in_hides_nothing_at_its_start(idle, setting, value, code):
+    conf = variant(idle, public_ports="none", **{setting: value})
+    server = Server(idle.lab, idle.server, conf)
+    assert server.process.wait(LONG) == code, server.log
+    for program in ("iptables", "ip6tables"):
+        assert "tariq-hide" not in idle.server.run(program, "-S").stdout
+
 ECHO = """
 import socket, threading
 def carry(connection):
