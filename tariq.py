@@ -73,6 +73,8 @@ policy; 78 config; 130 interrupted"""
 PACKAGES = {"gpg": "gnupg", "iptables": "iptables", "ip6tables": "iptables", "ss": "iproute2",
             "setpriv": "util-linux", "scapy": "python3-scapy", "PIL": "python3-pil"}
 
+NOT_FOUND = 127  # exit status of setpriv(1) and timeout(1) where there is no such program
+
 class Fault(Exception):
     """What the user can mend: an exit code, the line they read, and what a program said to it,
     which goes to the log and to -v only."""
@@ -347,6 +349,8 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
             raise Fault(SYSTEM, f"gpg was not done in {seconds} s with the keyring {home}.")
         memory.seek(0)
         said = memory.read(WORDS_MAX).decode(errors="replace")
+    if change and done.returncode in (126, NOT_FOUND):
+        raise missing("gpg")  # says setpriv
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
     # Only ASCII: gpg escapes what would end a line or word in that, but not U+2028 and its like.
@@ -367,7 +371,13 @@ def gpg_fault(home, said):
 def list_keys(home, *arguments, data=b""):
     """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
     of `data`. A name that is not there lists none. Raises Fault."""
-    listing, _, said = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data, any_status=True)
+    try:
+        listing, _, _ = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data)
+    except Fault as fault:
+        if "--show-keys" not in arguments \
+                and not re.search("No (secret|public) key", fault.detail):
+            raise
+        listing = b""  # there is no such key
     keys = []
     for line in listing.decode(errors="replace").split("\n"):  # GnuPG doc/DETAILS
         kind, *fields = line.split(":")
@@ -377,8 +387,6 @@ def list_keys(home, *arguments, data=b""):
                          "expires": end, "can": fields[10]})  # in capitals: what it is good for now
         elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's, of 40 digits
-    if not keys and not data and "agent" in said:
-        raise gpg_fault(home, said)
     return keys
 
 def trouble_with(key, use, home):
@@ -1204,7 +1212,6 @@ def cmd_listener(descriptors):
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
-NOT_FOUND = 127  # exit status of timeout(1) where there is no such program
 
 def need_root():
     if os.geteuid():
