@@ -2346,7 +2346,7 @@ def command_line():
             (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
             (cmd_server, ROOT_CONFIG), (cmd_keygen, CLIENT_CONFIG), (cmd_enroll, ROOT_CONFIG),
             (cmd_join, CLIENT_CONFIG), (cmd_knock, CLIENT_CONFIG)):
-        name, text = function.__name__[4:], function.__doc__
+        name, text = function.__name__[4:], function.__doc__.replace("\n    ", "\n")
         sub = commands.add_parser(name, help=text.partition(". ")[0], description=text,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(function=function, verbose=False)
