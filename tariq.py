@@ -429,6 +429,7 @@ def unseal(home, sealed, own):
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
     status = [line.split(" ")[1:] for line in lines.split("\n") if line.startswith("[GNUPG:] ")]
+    status = [words for words in status if words[:2] != ["FAILURE", "gpg-exit"]]  # status 2, in 2.4
     keywords = [words[0] for words in status]
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
             or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
