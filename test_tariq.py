@@ -3136,7 +3136,7 @@ def test_a_new_client_whose_key_is_no_longer_good_is_told_so_by_enroll(live, tro
 def server_with(world, name, *encrypting):
     """A server whose key has these encryption subkeys: days ago, algorithm, end -> its config, its
     keyring, its key."""
-    ring = private_directory(world.lab.dir / f"ring-{name}", "tariq")
+    ring = private_directory(world.lab.dir / f"ring-{name}", os.stat(world.ring).st_uid)
     gpg(ring, *at_time(-9 * DAYS), "--quick-generate-key", f"{name}@example.com", "ed25519",
         "cert,sign", "never")
     key = fingerprint(ring, name)
