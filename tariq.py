@@ -1187,6 +1187,8 @@ def cmd_listener(descriptors):
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
+        with suppress(OSError):  # what lies unread would take the line below with it
+            channel.recv(MESSAGE_MAX, socket.MSG_DONTWAIT)
         channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
