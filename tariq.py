@@ -403,6 +403,11 @@ def trouble_with(key, use, home):
 def find_key(home, option, name):
     return next(iter(list_keys(home, option, name)), None)
 
+def need_server_key(home, option, key):
+    """Raises Fault where a server's key is not in its keyring, or not good to be encrypted to."""
+    if trouble := trouble_with(find_key(home, option, key), "E", home):
+        raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
+
 def exactly(user):
     """How gpg names a key by this email and no other (gpg(1)); a fingerprint stays as it is."""
     return f"<{user}>" if "@" in user and "<" not in user else user
@@ -1179,9 +1184,7 @@ def cmd_listener(descriptors):
         leave_roots_memory()  # before there is a secret in it
         listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
-        key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
-        if trouble := trouble_with(key, "E", listener.home):
-            raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
+        need_server_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
         listener.receive()
@@ -2000,11 +2003,11 @@ def cmd_server(options):
     if "server" in config.faults:
         raise Fault(CONFIG, f"No server: [server] in {config.path} has a fault, as said above.")
     monitor = Monitor(config, notify_socket)
-    # What would end the listener later is found now, before a machine is hidden without a way in.
+    # What would end the listener later is found now, before a machine is hidden without a way in:
+    # its owner, and its public key. (A listing of secret keys would start gpg-agent from here, with
+    # root's session keyring; the listener makes it once it has left that.)
     as_owner(monitor.home)
-    key = find_key(monitor.home, "--list-secret-keys", config.get("server_key"))
-    if trouble := trouble_with(key, "E", monitor.home):
-        raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
+    need_server_key(monitor.home, "--list-keys", config.get("server_key"))
     if not take_lock(monitor.firewall.chain):
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
     try:
