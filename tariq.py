@@ -192,6 +192,7 @@ SYNTAX = {
 }
 IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
 ELSEWHERE = set(SYNTAX) - {"key", "may"}
+REQUIRED = object()  # as a default: there is none
 NEEDED = {"server": ("secret_ports", "secret", "server_gpg_dir", "server_key"), "allow": ("key",)}
 
 def parse(key, text):
@@ -277,12 +278,12 @@ class Config:
             for line in self.faults.get(name, []):
                 raise Fault(CONFIG, line)
 
-    def get(self, key, sections=("server",), default=NEEDED):
+    def get(self, key, sections=("server",), default=REQUIRED):
         """The first value that one of the sections has for a key, or the default. Raises Fault."""
         for name in sections:
             if key in self.values.get(name, {}):
                 return self.values[name][key]
-        if default is NEEDED:
+        if default is REQUIRED:
             raise Fault(CONFIG, f"{self.path}: [{sections[0]}] {key} is missing.")
         return default
 
@@ -775,7 +776,7 @@ class Client:
                                 f"tariq.py join {options.host} (README, The first hour).")
         sections = options.host, "client"
         config.require(*sections)
-        def setting(key, option="", default=NEEDED):  # an option goes before the config
+        def setting(key, option="", default=REQUIRED):  # an option goes before the config
             return parse(key, option) if option else config.get(key, sections, default)
         self.host, self.command, self.verbose = options.host, command, options.verbose
         self.user = setting("user", options.user)
