@@ -42,14 +42,15 @@ The parts, in the order of the file, and who reads what before trusting it with 
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
-import argparse, base64, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os, re
-import secrets, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
+import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
+import re, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
 from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 if sys.argv[1:2] != ["knock"]:  # which is to be quick, and does without
     import ctypes, queue
+# For the same reason scapy, Pillow and `secrets` are imported where they are used.
 
 VERSION = "3.0"
 
@@ -177,7 +178,7 @@ SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
     "secret": ("[A-Za-z0-9+/]{43}=", "32 random bytes in base64, which this prints: "
-               "head -c 32 /dev/urandom | base64", base64.b64decode),
+               "head -c 32 /dev/urandom | base64", binascii.a2b_base64),
     "key": KEY, "server_key": KEY, "user": (r"[^#\n]+", "one line without #", str), "img_dir": LINE,
     "client_gpg_dir": LINE, "server_gpg_dir": LINE,
     "open_tcp_port": RULE, "open_udp_port": RULE,
@@ -470,6 +471,7 @@ def cover_image(directory):
     if not directory:
         return os.urandom(SIDE * ROW)
     find_packages()
+    import secrets
     from PIL import Image
     path = os.path.expanduser(directory)
     try:
@@ -615,6 +617,7 @@ def split(packet, link):
 def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     """An IP packet's bytes, as Linux makes it where net.ipv4.tcp_timestamps is 0: a datagram or,
     with flags, a SYN, SYN-ACK (these: a random seq) or ACK. Addresses are text."""
+    import secrets
     from scapy.layers import inet, inet6  # never scapy.all; 0.1 s, which other transports save
     six, nop = ":" in to, ("NOP", None)
     upper = inet.TCP(flags=flags, seq=seq, ack=ack, window=501) if flags else inet.UDP()
@@ -672,6 +675,7 @@ class Crafted:
 
     def __init__(self, route, frames):
         find_packages()
+        import secrets
         try:
             self.raw = socket.socket(route.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
@@ -841,7 +845,8 @@ class Client:
                 trouble = f" ({transport}: {as_fault(error)})"
             if len(sockets) > 4:  # three SYN time-outs, and Linux stops Fast Open: close in time
                 del sockets[next(iter(sockets))]
-            again = min(end, monotonic() + wait * secrets.SystemRandom().uniform(0.75, 1.25))
+            chance = 0.75 + os.urandom(1)[0] / 510  # to 1.25: no rhythm gives repeats away
+            again = min(end, monotonic() + wait * chance)
             wait = min(wait * BACKOFF, LONGEST_WAIT)
             for sock, payload in payloads(sockets, again):
                 exchange, transport = sockets[sock]
@@ -1253,11 +1258,11 @@ def query(*words, seconds=15, data=b""):
         raise missing(words[0])
     return status, output.decode(errors="replace")
 
-def run(*words, accept=0, seconds=15):
+def run(*words, accept=0, seconds=15, data=b"", shown=""):
     """Log and run a program that changes something -> (exit status up to `accept`, its output).
-    Raises Fault."""
-    log(f"+ {shlex.join(words)}")
-    status, output = query(*words, seconds=seconds)
+    `shown` is what the log says of data. Raises Fault."""
+    log(f"+ {shlex.join(words)}{shown}")
+    status, output = query(*words, seconds=seconds, data=data)
     if status > accept:
         raise Fault(SYSTEM, f"{words[0]} failed: {output.strip()[:300] or f'status {status}'}")
     return status, output
@@ -1277,12 +1282,12 @@ class Door:
     """One address, or the network around it, may make new connections to one port until its end.
     Connections that are there when it ends go on."""
 
-    def __init__(self, ip, port, user, seconds, template):
+    def __init__(self, ip, port, user, seconds, templates):
         self.ip, self.port, self.user, self.seconds = ip, port, user, seconds
         self.family = 6 if ":" in ip else 4
         self.number, self.protocol = port.split("/")
         self.net = str(ipaddress.ip_network(f"{ip}/{24 if self.family == 4 else 64}", strict=False))
-        self.source = self.net if "{net}" in template else ip  # who may come in
+        self.source = self.net if "{net}" in templates[self.protocol] else ip  # who may come in
         self.key = self.source, port
         self.deadline = monotonic() + seconds if seconds else None  # when this server closes it
         self.until = time.time() + seconds if seconds else LAST_SECOND  # for people and the kernel
@@ -1341,47 +1346,38 @@ class Iptables:
         self.families = set()  # in which there may be doors
 
     def rules(self, family, chain, *options):
-        """The lines of a chain, as -S prints them; [] where there is no such chain."""
+        """The lines of a chain, as -S prints them. Raises Fault."""
         status, output = query(IPTABLES[family], *WAIT, *options, "-S", chain)
-        if status and chain == "INPUT":
+        if status:
             raise Fault(SYSTEM, f"{IPTABLES[family]} does not work here: {output.strip()[:200]}")
-        return [] if status else output.splitlines()
+        return output.splitlines()
 
     def transact(self, family, lines):
-        """Change the filter table in one step or not at all (iptables-restore(8))."""
+        """Change the filter table in one step or not at all (iptables-restore(8)). Raises Fault."""
         shown = [line for line in lines if not line.startswith(f"-A {self.hiding_chain}")]
         hiding = f"; and {self.hiding_chain}'s rules" if len(shown) < len(lines) else ""
-        log(f"+ {IPTABLES[family]}-restore: {'; '.join(shown)}{hiding}")
-        status, output = query(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
-                               data="\n".join(["*filter", *lines, "COMMIT", ""]).encode())
-        if status:
-            raise Fault(SYSTEM, f"{IPTABLES[family]}-restore refuses this.", output[:300])
+        run(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
+            data="\n".join(["*filter", *lines, "COMMIT", ""]).encode(),
+            shown=f": {'; '.join(shown)}{hiding}")
 
-    def put_back(self, family, without_doors=False):
-        """Make and link what INPUT lacks of ours; without doors, as at start and stop, all of it
-        anew -> INPUT's rules then. Raises Fault."""
+    def put_back(self, family, anew=False):
+        """Make our chains, without a door, and link them to INPUT: where INPUT lacks one of ours,
+        or anew, as at start and stop -> INPUT's rules then. Raises Fault."""
         rules = self.rules(family, "INPUT")
-        flushed = "-P INPUT DROP" in rules \
-            and all(self.chain in rule for rule in rules if rule.startswith("-A"))
-        linked = self.jumps() <= set(rules)
-        if linked and not flushed and not without_doors:
+        if self.jumps() <= set(rules) and not anew:
             return rules
-        chain = self.rules(family, self.chain)
-        lines = [] if chain else [f"-N {self.chain}"]
-        if without_doors:
-            lines, chain = [*lines, f"-F {self.chain}"], []
-        if without_doors or not linked:
-            lines += self.linking_lines(family, rules)
+        if not anew:
+            log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload of "
+                "the firewall?): it is put back, without doors.")
         # What is established stays so, also when INPUT is hidden later: with this rule the kernel
         # begins to track it. Where INPUT was flushed, and its policy drops all, what else has to go
         # on is added.
-        lines += [f"-A {self.chain} {rule}" for rule in KEPT[family]
-                  if (flushed or rule == ESTABLISHED) and f"-A {self.chain} {rule}" not in chain]
-        if lines:
-            if not without_doors:
-                log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload "
-                    "of the firewall?): it is put back.")
-            self.transact(family, lines)
+        flushed = "-P INPUT DROP" in rules \
+            and all(self.chain in rule for rule in rules if rule.startswith("-A"))
+        kept = KEPT[family] if flushed else [ESTABLISHED]
+        self.transact(family, [f":{self.chain} - [0:0]",  # makes it, or empties it
+                               *(f"-A {self.chain} {rule}" for rule in kept),
+                               *self.linking_lines(family, rules)])
         return self.rules(family, "INPUT")
 
     def jumps(self):
@@ -1401,7 +1397,7 @@ class Iptables:
             # While there is a limit, TCP connections that were idle since before the kernel tracked
             # them are taken up; but not at the knock's last port, where that would end a knock.
             idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", NO_SYN] if limit else []
-            lines += [f":{self.hiding_chain} - [0:0]",  # makes it, or empties it
+            lines += [f":{self.hiding_chain} - [0:0]",
                       *(f"-A {self.hiding_chain} {rule}"
                         for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
@@ -1421,10 +1417,10 @@ class Iptables:
         """At the start: link the chains, close every door, try the rules that open doors."""
         for family, program in IPTABLES.items():
             try:
-                rules = self.put_back(family, without_doors=True)
+                rules = self.put_back(family, anew=True)
                 self.families.add(family)
                 for port in ("9/tcp", "9/udp"):
-                    self.try_rule(Door(EXAMPLES[family], port, "", 1, ""))
+                    self.try_rule(Door(EXAMPLES[family], port, "", 1, self.templates))
                 if doubts := self.doubts(family, rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
@@ -1437,15 +1433,12 @@ class Iptables:
 
     def check(self, family):
         """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
-        rules = [" ".join(json.dumps(word) if " " in word else word for word in
-                          self.words("-A", Door(EXAMPLES[family], port, "", 1, ""))[3:])
-                 for port in ("9/tcp", "9/udp")]
-        lines = ["*filter", f":{self.chain} - [0:0]", *rules, "COMMIT", ""]
-        status, output = query(f"{IPTABLES[family]}-restore", "--test", "--noflush",
-                               data="\n".join(lines).encode())
-        if status:
-            raise Fault(CONFIG, f"open_tcp_port or open_udp_port is no rule of {IPTABLES[family]}: "
-                                f"{output.strip()[:200]}")
+        for port in ("9/tcp", "9/udp"):
+            door = Door(EXAMPLES[family], port, "", 1, self.templates)
+            status, output = query(*self.words("-C", door))  # 1: it is not there; 2: none
+            if status > 1:
+                raise Fault(CONFIG, f"open_{door.protocol}_port is no rule of {IPTABLES[family]}: "
+                                    f"{output.strip()[:200]}")
         return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
@@ -1461,9 +1454,6 @@ class Iptables:
     def words(self, action, door):
         rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
         return [IPTABLES[door.family], *WAIT, action, self.chain, *rule]
-
-    def template(self, protocol):
-        return self.templates[protocol]
 
     def open(self, door):
         """Open a door -> why it may be shut all the same, or hides nothing: words, or ''."""
@@ -1496,7 +1486,7 @@ class Iptables:
     def stop(self, _doors):
         for family in self.families:
             with closing_on():
-                self.put_back(family, without_doors=True)
+                self.put_back(family, anew=True)
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1506,6 +1496,7 @@ class Commands:
         self.opening, self.closing = config.get("open_command"), config.get("close_command")
         if ("{net}" in self.opening) != ("{net}" in self.closing):
             raise Fault(CONFIG, "open_command and close_command need the same of {ip} and {net}.")
+        self.templates = {"tcp": self.opening, "udp": self.opening}
 
     def prepare(self):
         if "{until}" not in self.opening and "{seconds}" not in self.opening:
@@ -1513,9 +1504,6 @@ class Commands:
 
     def put_back(self, family):
         pass  # open_command's business
-
-    def template(self, _protocol):
-        return self.opening
 
     def open(self, door):
         run(*door.fill(self.opening))
@@ -1621,9 +1609,9 @@ def hide(firewall, limit=""):
             firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
-                raise Fault(SYSTEM, f"Nothing is hidden. {fault} Without a rule that ends by "
-                                    "itself (xt_time in the kernel) there is no way back.",
-                            fault.detail)
+                raise Fault(SYSTEM, f"Nothing is hidden. {program}-restore refuses it. Without a "
+                                    "rule that ends by itself (xt_time in the kernel) there is no "
+                                    "way back.", str(fault))
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
@@ -1636,12 +1624,11 @@ def unhide(config, firewall):
             if family == 4:
                 raise
             continue  # without ip6tables nothing was hidden by it
-        lines = [rule.replace("-A", "-D", 1) for rule in rules
+        jumps = [rule.replace("-A", "-D", 1) for rule in rules
                  if rule.endswith(f"-j {firewall.hiding_chain}")]
-        if firewall.rules(family, firewall.hiding_chain):
-            lines += [f"-F {firewall.hiding_chain}", f"-X {firewall.hiding_chain}"]
-        if lines:
-            firewall.transact(family, lines)
+        # The chain is made, or emptied, so that it is there to be deleted.
+        firewall.transact(family, [*jumps, f":{firewall.hiding_chain} - [0:0]",
+                                   f"-X {firewall.hiding_chain}"])
 
 def listening_ports():
     """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
@@ -1793,8 +1780,7 @@ class Monitor:
     def move_doors(self, command, ip, user, seconds):
         """O or C -> what was done, in words. Raises Fault."""
         action, *ports = command
-        doors = [Door(ip, port, user, seconds, self.firewall.template(port.split("/")[1]))
-                 for port in ports]
+        doors = [Door(ip, port, user, seconds, self.firewall.templates) for port in ports]
         if action == "C":
             return "; ".join(self.close_for(door) for door in doors)
         doubts = [self.open(door) for door in doors]
@@ -2150,8 +2136,9 @@ def make_server(path, home, owner, name):
     known = list_keys(home, "--list-secret-keys")
     key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
     run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
+    import secrets
     ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
-    secret = base64.b64encode(os.urandom(32)).decode()
+    secret = binascii.b2a_base64(os.urandom(32), newline=False).decode()
     write_file(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
                      f"server_gpg_dir = {home}\nserver_key = {key}\n")
 
@@ -2341,10 +2328,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(USAGE, f"{message}. {self.prog} --help says how.")
 
+def help_format(prog):
+    """Of a width of its own: to find the terminal's, argparse takes 3 ms, at each knock, too."""
+    return argparse.RawDescriptionHelpFormatter(prog, width=80)
+
 def command_line():
     """The parser; each subcommand's function is its `function`, and its docstring is its help."""
     parser = Parser(prog="tariq.py", description=__doc__.split("\n\n")[0], epilog=EXIT_CODES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=help_format)
     parser.add_argument("--version", action="store_true",
                         help="print the version, and the SHA-256 of this very file")
     commands = parser.add_subparsers(prog="tariq.py", metavar="COMMAND", required=True)
@@ -2355,7 +2346,7 @@ def command_line():
             (cmd_join, CLIENT_CONFIG), (cmd_knock, CLIENT_CONFIG)):
         name, text = function.__name__[4:], function.__doc__.replace("\n    ", "\n")
         sub = commands.add_parser(name, help=text.partition(". ")[0], description=text,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+                                  formatter_class=help_format)
         sub.set_defaults(function=function, verbose=False)
         sub.add_argument("-c", "--config", default=config, type=os.path.realpath,
                          help=f"use this config, not {config}")
