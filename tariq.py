@@ -225,7 +225,7 @@ class Config:
         if not os.path.exists(path):
             raise Fault(CONFIG, f"There is no config {path} yet: tariq.py keygen YOU@LAPTOP makes "
                                 "a client's, and sudo tariq.py init a server's.")
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             status = os.fstat(file.fileno())
             self.stamp = stamp_of(status)
             try:
@@ -422,7 +422,10 @@ def seal(home, data, signer, recipient):
 
 # A seal counts if gpg's status lines (GnuPG doc/DETAILS) have each of these once. PLAINTEXT: one
 # message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
-# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when.
+# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when. Whose: any
+# primary key of the keyring; what it may, policy says. When: within SIGNED_WITHIN of now. For whom:
+# only the key `own` is tried, and the signed request names its recipient in "to", which has to be
+# `own`, too (Listener.dialogue), since who can decrypt a seal can encrypt it to somebody else.
 PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
 TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
@@ -430,8 +433,7 @@ TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
 def unseal(home, sealed, own):
     """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
     PLAIN_MAX bytes). Takes only what status lines prove, and not gpg's exit status, which is 2
-    where it tried an older subkey first. (Hidden recipients are tried with `own` only; that the
-    request is meant for `own` the signer says, in "to".) Raises Fault."""
+    where it tried an older subkey first. Raises Fault."""
     plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
@@ -951,10 +953,9 @@ def cmd_knock(options):
 #   the same request at another server                        `dialogue`: "to" is another key
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
-# and replace what is in the server's keyring, also for the next start; request what the `may` of
-# any client permits, for any address (Monitor.handle says no to the rest); write log lines; and
-# send any packet by its socket, on any interface. It cannot receive more than its filter passes, be
-# root, or change the config, a rule or another file.
+# and replace what is in the server's keyring, also for the next start; ask the monitor what
+# Monitor.handle says; and send any packet by its socket, on any interface. It cannot receive more
+# than its filter passes, be root, or change the config, a rule or another file.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -1211,7 +1212,7 @@ def cmd_listener(descriptors):
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
 #   ss, firewall-cmd (hide); id, useradd run, query      root             15 s      OUTPUT_ROOM
-#     (init)
+#     (init); timedatectl (check)
 #   systemctl (init)                     run             root             120 s     OUTPUT_ROOM
 #   gpg on what an admin gives it,       gpg, run        keyring's owner  60 s      in memory
 #     gpgconf (init, check, enroll, start)
@@ -1270,8 +1271,11 @@ def run(*words, accept=0, seconds=15, data=b"", shown=""):
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
 # A door's end is Door.until: open_timeout from when it was opened. It is kept by the kernel, where
 # the rule says {until} (xt_time) or the command {seconds} (nft's timeout), whoever is dead; and by
-# `close_ended` while the server runs. Two clients behind one address share its doors: the later end
-# holds, and who has that closes it. Two servers on one machine need two chains (take_lock).
+# `close_ended` while the server runs.
+# Two clients behind one address share its doors: the later end holds, and who has that closes it.
+# They share UNANSWERED_MAX, too. Two servers on one machine need two chains, or the second does not
+# start (take_lock); then each has doors, ports and clients of its own. Elsewhere they share
+# nothing: a request names its server.
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1731,7 +1735,11 @@ class Monitor:
         return self.config
 
     def handle(self, data):
-        """One message. The listener's word counts for who signed, where; not for what they may."""
+        """One message. The listener's word counts for who signed, and where; not for what they may.
+        One that was taken over can ask for log lines (cut, and printable), for a "ready", and in
+        any client's name and for any address for what that client's `may` permits. To the rest
+        says no: here, what is no such message; `forbidden`, what is not permitted; DOORS_MAX and
+        COMMANDS_MAX, more than so many."""
         try:
             message = json.loads(data)
             if "log" in message:
@@ -2180,6 +2188,21 @@ def cmd_init(options):
         log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
             f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
+def say_what_needs_no_knock(firewall):
+    """What listens and is public, what Docker publishes, and whether the clock is set."""
+    listening, public = listening_ports(), firewall.public_ports
+    if public is None:
+        log(f"INPUT's own rules say who reaches what listens: {' '.join(listening) or 'nothing'}.")
+    else:
+        reached = [port for port in listening if port in public]
+        log(f"Reached without a knock: {' '.join(reached) or 'no port that listens'}.")
+    _, rules = query("iptables", "-t", "nat", "-S", "DOCKER")
+    if published := re.findall(r"--dport (\d+) .*-j DNAT", rules):
+        log(f"Docker publishes ports past INPUT, hidden or not: {' '.join(published)}.")
+    with suppress(Fault):  # no systemd here knows
+        if query("timedatectl", "show", "-P", "NTPSynchronized")[1] == "no\n":
+            log("The clock is not synchronised: when it is a minute off, no knock is answered.")
+
 def cmd_check(options):
     """Say what is wrong with a server's config, keys and firewall, as root. It changes nothing:
     run it before a restart. Example:
@@ -2218,6 +2241,7 @@ def cmd_check(options):
                 log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
             except Fault as fault:
                 (log if family == 6 else faults.append)(str(fault))
+        attempt(say_what_needs_no_knock, firewall)
     for line in faults:
         log(f"FAULT: {line}")
     return CONFIG if faults else 0

@@ -5,6 +5,7 @@ and nmap. As root:
     ./test_tariq.py                 the tests (pytest); not as root, those that need no namespace
     ./test_tariq.py demo            three throwaway hosts, a closed door and a knock: 15 seconds
     ./test_tariq.py machine         the README's first hour, typed on a fresh Debian 13 in qemu
+    ./test_tariq.py machine bookworm    the same on a Debian 12
     ./test_tariq.py bench latency   time to an open port, beside other tools, and its parts
     ./test_tariq.py bench clients   a knock where 1, 100, 1,000 and 10,000 clients are enrolled
     ./test_tariq.py bench load      authentic knocks a second that the server finishes
@@ -819,6 +820,8 @@ def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp
     assert config.clients == {PRINT.upper(): "allow me@laptop"}
     assert config.get("may", ["allow me@laptop"]) == [["O", "22/tcp"], ["E", "echo", "*"]]
     assert config.get("open_timeout", ["allow me@laptop", "server"], 3600) == 3600
+    marked = "\ufeff" + (tmp_path / "tariq.conf").read_text()  # as some editors begin a file
+    assert tariq.Config(write_config(tmp_path / "tariq.conf", marked)).values == config.values
     text = (HERE / "tariq.conf.example").read_text().replace("secret =", f"secret = {SECRET}")
     config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
     found = [(key, section) for section in config.ini.sections() for key in config.ini[section]]
@@ -3941,6 +3944,23 @@ def test_check_of_a_good_server_exits_with_0(live):
     assert done.returncode == 0 and "FAULT" not in done.stderr and "Traceback" not in done.stderr
     assert "[server]" in done.stderr and "[allow me@laptop]" in done.stderr
 
+def test_check_says_what_is_reached_without_a_knock(live):
+    """What listens and is public; what a Docker has made, here by its rule, passes INPUT by."""
+    assert "who reaches what listens: 22/tcp." in check(live).stderr and "Docker" not in check(live).stderr
+    public = write(live.lab.new("conf"), with_settings(live.conf.read_text(), {"public_ports": "22, 80"}))
+    none = write(live.lab.new("conf"), with_settings(live.conf.read_text(), {"public_ports": "none"}))
+    assert "Reached without a knock: 22/tcp.\n" in check(live, public).stderr
+    assert "Reached without a knock: no port that listens.\n" in check(live, none).stderr
+    nat = ("iptables", "-w", "-t", "nat")
+    live.server.run(*nat, "-N", "DOCKER")
+    try:
+        live.server.run(*nat, "-A", "DOCKER", "!", "-i", "docker0", "-p", "tcp", "--dport", "8080",
+                        "-j", "DNAT", "--to-destination", "172.17.0.2:80")
+        assert "Docker publishes ports past INPUT, hidden or not: 8080.\n" in check(live).stderr
+    finally:
+        live.server.run(*nat, "-F", "DOCKER")
+        live.server.run(*nat, "-X", "DOCKER")
+
 STOPS = {
     "an unknown key": {"open_timout": 60},
     "a key that is wrong": {"open_timeout": "soon"},
@@ -5642,7 +5662,8 @@ def test_the_words_of_init_and_check(site, remote, laptop):
     well = ["The key of [server] is good, and expires: never.", "The key of [allow me@laptop] is "
         "good, and expires: never.",
             "iptables: INPUT leads to the doors, and drops the rest.",
-            "ip6tables: INPUT leads to the doors, and drops the rest."]
+            "ip6tables: INPUT leads to the doors, and drops the rest.",
+            "INPUT's own rules say who reaches what listens: 22/tcp."]
     assert remote.shell("sudo tariq.py check 2>&1").stdout.splitlines() == well
     remote.shell("sudo sed -i 's/^key = .*/key = 1/; s/^may =/mai =/' /etc/tariq/tariq.conf")
     done = remote.shell("sudo tariq.py check 2>&1", check=False)
@@ -5849,21 +5870,22 @@ def demo():
         return 130
     return 0
 
-# ---- a real machine: the README's first hour, typed on a fresh Debian 13 in qemu ---------------------------------------
+# ---- a real machine: the README's first hour, typed on a fresh Debian in qemu ------------------------------------------
 
 IMAGES = Path(os.environ.get("TARIQ_MACHINE_CACHE", "/var/cache/tariq-test-machine"))
 PATIENCE = 900  # seconds: where the processor is emulated and shared, a boot may take minutes
 
+RELEASES = {"trixie": "Debian 13", "bookworm": "Debian 12"}
 # What an installation of Debian or a provider's image brings.
 DEBIAN = ("linux-image-cloud-amd64,initramfs-tools,lz4,systemd,systemd-sysv,udev,dbus,"
           "openssh-server,openssh-client,iproute2,sudo,procps,kmod,python3")
 # What `init` asks for. It lies in apt's cache, since the machine has no way out.
 PACKAGES = "python3-scapy python3-pil gnupg iptables"
 
-# $1: where it is made, $2: Debian's mirror, $3: DEBIAN, $4: PACKAGES
+# $1: where it is made, $2: Debian's mirror, $3: DEBIAN, $4: PACKAGES, $5: the release
 MAKE_IMAGE = r"""set -eu
 tree=$1/tree
-debootstrap --variant=minbase --include="$3" trixie "$tree" "$2"
+debootstrap --variant=minbase --include="$3" "$5" "$tree" "$2"
 inside() { chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 "$@"; }
 mount -t proc proc "$tree/proc"
 cp /etc/resolv.conf "$tree/etc/resolv.conf"
@@ -5906,16 +5928,16 @@ mkfs.ext4 -q -m 0 -d "$tree" "$1/disk"
 rm -rf "$tree"
 """
 
-def image(packages):
+def image(packages, release):
     """The directory of a fresh machine's disk, kernel and initrd; made where the cache has none of
     this very recipe."""
-    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages)).encode()).hexdigest()[:16]
+    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages, release)).encode()).hexdigest()[:16]
     made, making = IMAGES / recipe, IMAGES / "making"
     IMAGES.mkdir(parents=True, exist_ok=True)
     with open(IMAGES / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once need one image
         if not made.exists():
-            print(f"making a Debian 13 in {made}", flush=True)
+            print(f"making a {RELEASES[release]} in {made}", flush=True)
             shutil.rmtree(making, ignore_errors=True)  # of a run that was ended
             making.mkdir()
             targets = sh("apt-get", "indextargets", "--format", "$(REPO_URI)",
@@ -5923,12 +5945,12 @@ def image(packages):
             mirror = next(line for line in targets if "security" not in line)
             # Namespaces of its own: what is mounted or runs in there goes when it ends.
             sh("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
-               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages, timeout=3600)
+               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages, release, timeout=3600)
             making.rename(made)
     return made
 
 class Guest:
-    """Debian 13 in qemu, as box.example.com on a lab's switch. What it writes to its disk goes when
+    """Debian in qemu, as box.example.com on a lab's switch. What it writes to its disk goes when
     it ends."""
 
     def __init__(self, lab, image, key):
@@ -5985,11 +6007,12 @@ class FirstHour:
 
     addresses = "198.51.100.10", "2001:db8:1::10"
 
-    def __init__(self, lab):
+    def __init__(self, lab, release):
         key = lab.dir / "id_ed25519"
         sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         self.began, self.lab, self.typed = time.monotonic(), lab, 0
-        self.guest = Guest(lab, image(PACKAGES), Path(f"{key}.pub"))
+        self.release = RELEASES[release]
+        self.guest = Guest(lab, image(PACKAGES, release), Path(f"{key}.pub"))
         self.laptop, self.stranger = Machine(lab, "laptop"), lab.host("other", 30)
         # `session` is one log-in that stays, as an admin's does: all of its commands go through one
         # connection, which no step may cut.
@@ -6076,7 +6099,8 @@ class FirstHour:
         wait_for(ready, "systemd does not bring the service back", PATIENCE)
 
     def set_up(self):
-        self.say("A fresh Debian 13, which its provider gave to root and to `me`, who may sudo.")
+        self.say(f"A fresh {self.release}, which its provider gave to root and to `me`, who may "
+                 "sudo.")
         self.boots()
         self.on_box("useradd --create-home --shell /bin/bash me; cp -r .ssh ~me/; chown -R me: ~me;"
                     "echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me", user="root", quiet=True)
@@ -6122,7 +6146,8 @@ class FirstHour:
         while "hidden for good" not in said:  # a slow machine may need more than its two minutes
             said = self.try_to_hide()
         self.say(f"That was the first hour: {self.typed} lines typed.")
-        self.on_box("sudo tariq.py check")
+        said = self.on_box("sudo tariq.py check", said="Reached without a knock: no port that listens.")
+        assert "The clock is not synchronised" in said, "it has no way out to set it by"
         assert not self.stranger.connects(self.addresses[0], timeout=3)
         self.close()
         self.hidden()
@@ -6226,8 +6251,10 @@ class FirstHour:
         self.gone()
         assert self.stranger.connects(self.addresses[0], timeout=PATIENCE)
 
-def machine():
-    """The README's first hour on a fresh Debian 13, and what goes wrong later, typed over ssh."""
+def machine(release="trixie"):
+    """The README's first hour on a fresh Debian, and what goes wrong later, typed over ssh."""
+    if release not in RELEASES:
+        sys.exit(f"the machine is one of {', '.join(RELEASES)}")
     if os.geteuid():
         sys.exit("the machine hangs on network namespaces: sudo ./test_tariq.py machine")
     needs = {"qemu-system-x86_64": "qemu-system-x86", "debootstrap": "debootstrap",
@@ -6236,7 +6263,7 @@ def machine():
     if missing:
         sys.exit(f"not installed: apt-get install --no-install-recommends {' '.join(missing)}")
     with Lab() as lab:
-        hour = FirstHour(lab)
+        hour = FirstHour(lab, release)
         try:
             for step in (hour.set_up, hour.init, hour.enroll, hour.hide, hour.reboot,
                          hour.broken_config, hour.full_disk, hour.killed, hour.upgrade,
@@ -7117,7 +7144,7 @@ def main():
         return demo()
     if name == "machine":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing behind
-        return machine()
+        return machine(*arguments)
     if name == "bench":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` too shall leave no namespace behind
         if arguments and arguments[0] in benches:
