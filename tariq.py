@@ -1909,34 +1909,31 @@ class Monitor:
                 self.handle(message)
 
 # The kernel's filter on the packet socket (classic BPF, linux/filter.h): it spares the listener
-# the machine's other traffic; `gate` trusts nothing of it. Each line: a label, an operation, its
-# number, and for a comparison the labels to go to if it holds and if not ("": the next line).
+# the machine's other traffic; `gate` trusts nothing of it. Each line: an operation, its number, and
+# how many lines a comparison skips if it holds, and if not. So after the ones with 1, 0 the next
+# line is for what does not hold, and after those with 0, 1 for what does.
 LOAD_WORD, LOAD_HALF_AT_X, LOAD_BYTE, LOAD_LENGTH = 0x20, 0x48, 0x30, 0x80
 SET_X, SET_X_TO_IPV4_LENGTH, AND, RETURN = 0x01, 0xB1, 0x54, 0x06
 EQUAL, GREATER, AT_LEAST = 0x15, 0x25, 0x35
 PACKET_TYPE, VLAN_TAG = 0xFFFFF004, 0xFFFFF02C  # offsets: not in the packet, of it
 PACKET_HOST = 0  # sent to this machine's link address, so not by it
+DROP = (RETURN, 0, 0, 0)
+PASS = (RETURN, MOST, 0, 0)
 
 def filter_lines(ports):
     """What may be a frame passes, whole."""
-    return [
-        ("", LOAD_WORD, PACKET_TYPE, "", ""),
-        ("", EQUAL, PACKET_HOST, "", "drop"),
-        ("", LOAD_WORD, VLAN_TAG, "", ""),
-        ("", AND, 0xFFF, "", ""),
-        ("", EQUAL, 0, "", "drop"),  # else the VLAN's own interface delivers it again
-        ("", LOAD_LENGTH, 0, "", ""),
-        ("", GREATER, MOST, "drop", ""),
-        ("", AT_LEAST, LEAST, "", "drop"),
-        ("", SET_X, 40, "", ""),  # IPv6's header
-        ("", LOAD_BYTE, 0, "", ""),  # IP's version
-        ("", AT_LEAST, 0x60, "port", ""),
-        ("", SET_X_TO_IPV4_LENGTH, 0, "", ""),
-        ("port", LOAD_HALF_AT_X, 2, "", ""),  # the destination port, behind the IP header
-        *(("", EQUAL, port, "pass", "") for port in ports),
-        ("drop", RETURN, 0, "", ""),
-        ("pass", RETURN, MOST, "", ""),
+    lines = [
+        (LOAD_WORD, PACKET_TYPE, 0, 0), (EQUAL, PACKET_HOST, 1, 0), DROP,
+        (LOAD_WORD, VLAN_TAG, 0, 0), (AND, 0xFFF, 0, 0),
+        (EQUAL, 0, 1, 0), DROP,  # the VLAN's own interface delivers it again
+        (LOAD_LENGTH, 0, 0, 0), (AT_LEAST, LEAST, 1, 0), DROP, (GREATER, MOST, 0, 1), DROP,
+        (SET_X, 40, 0, 0),  # X: the length of the IP header, here IPv6's
+        (LOAD_BYTE, 0, 0, 0), (AT_LEAST, 0x60, 1, 0), (SET_X_TO_IPV4_LENGTH, 0, 0, 0),
+        (LOAD_HALF_AT_X, 2, 0, 0),  # the destination port
     ]
+    for port in ports:
+        lines += [(EQUAL, port, 0, 1), PASS]
+    return [*lines, DROP]
 
 SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/socket.h
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h, since Linux 4.20
@@ -1945,11 +1942,8 @@ def packet_socket(ports):
     """A socket that gets frames only, of all interfaces; root's filter on it is locked."""
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # gets none until it is bound
     lines = filter_lines(ports)
-    labels = {label: number for number, (label, *_) in enumerate(lines) if label}
-    code = b""
-    for number, (_, operation, value, yes, no) in enumerate(lines):
-        jumps = [labels[label] - number - 1 if label else 0 for label in (yes, no)]
-        code += struct.pack("HBBI", operation, *jumps, value)
+    code = b"".join(struct.pack("HBBI", operation, holds, fails, number)
+                    for operation, number, holds, fails in lines)
     memory = ctypes.create_string_buffer(code)
     program = struct.pack("HP", len(lines), ctypes.addressof(memory))
     packets.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
