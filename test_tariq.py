@@ -5963,11 +5963,10 @@ class Guest:
         if self.kvm_works():
             kind = ["kvm", "-cpu", "host"]
         # As a provider does it: root's ssh key comes from outside, by systemd's name for that.
-        key = base64.b64encode(key.read_bytes()).decode()
         words = ("root=/dev/vda rw quiet console=ttyS0 net.ifnames=0 mitigations=off "
                  f"systemd.default_timeout_start_sec={PATIENCE} "  # nothing fails by slowness
                  f"systemd.default_device_timeout_sec={PATIENCE} "
-                 f"systemd.set_credential_binary=ssh.authorized_keys.root:{key}")
+                 f'"systemd.set_credential=ssh.authorized_keys.root:{key.read_text().strip()}"')
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", lab.switch, *map(str, self.start), "-accel", *kind,
              "-drive", f"file={image}/disk,format=raw,if=virtio,snapshot=on,cache=unsafe",
