@@ -162,6 +162,15 @@ def template_of(text):
     shlex.split(text)  # raises ValueError: a quote that is not closed
     return text
 
+def rule_of(text):
+    """A rule for one source, {ip} or {net}: it opens for nobody else."""
+    words = shlex.split(text)
+    at, = (number for number, word in enumerate(words) if word in ("-s", "--source", "--src"))
+    if words[0] != "-A" or words[at - 1] == "!" or "{dport}" not in words \
+            or words[at + 1:at + 2] not in (["{ip}"], ["{net}"]):
+        raise ValueError
+    return text
+
 def address_of(text):
     return text if text == "any" else str(ipaddress.ip_address(text))
 
@@ -169,9 +178,8 @@ def address_of(text):
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
 FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
-SOURCE = r"(?!.*!\s*(-s|--source))(?=.*(-s|--source) \{(ip|net)\}( |$))"  # for whom: nobody else
-RULE = (r"-A \S+ " + SOURCE + FIELDS, "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is "
-        "right for both families), and {dport}", template_of)
+RULE = (".+", "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is right for both "
+        "families), and {dport}", rule_of)
 COMMAND = (FIELDS, "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
            template_of)
 SYNTAX = {
@@ -183,7 +191,7 @@ SYNTAX = {
     "client_gpg_dir": LINE, "server_gpg_dir": LINE,
     "open_tcp_port": RULE, "open_udp_port": RULE,
     "open_command": COMMAND, "close_command": COMMAND,
-    "open_timeout": (r"\d{1,8}", "a whole number of seconds", int),
+    "open_timeout": (r"\d{1,8}", "a whole number of seconds (0: no end)", int),
     "command_timeout": (r"[1-9]\d{0,2}", "a whole number of seconds, 1 to 999", int),
     "iptables_chain": (r"(?![A-Z]+$)\w[\w-]{0,22}", "a chain of its own, not in capitals", str),
     "public_ports": (".+", "ports as 80/tcp, 443/tcp, or none", public_ports_of),
@@ -376,8 +384,8 @@ def list_keys(home, *arguments, data=b""):
     try:
         listing, _, _ = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data)
     except Fault as fault:
-        if "--show-keys" not in arguments \
-                and not re.search("No (secret|public) key", fault.detail):
+        if fault.code != BAD_DATA or not ("--show-keys" in arguments
+                                          or re.search("No (secret|public) key", fault.detail)):
             raise
         listing = b""  # there is no such key
     keys = []
@@ -424,8 +432,8 @@ def seal(home, data, signer, recipient):
 # message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
 # a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when. Whose: any
 # primary key of the keyring; what it may, policy says. When: within SIGNED_WITHIN of now. For whom:
-# only the key `own` is tried, and the signed request names its recipient in "to", which has to be
-# `own`, too (Listener.dialogue), since who can decrypt a seal can encrypt it to somebody else.
+# the signed request names its recipient in "to", which has to be `own` (Listener.dialogue), as who
+# can decrypt a seal can encrypt it to somebody else. (Of hidden recipients only `own` is tried.)
 PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
 TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
@@ -603,8 +611,8 @@ Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 
 def split(packet, link):
     """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet. Padded to LEAST, so
-    that no index below can fail: 60 bytes of IPv4's header at most, and 13 of TCP's. A padded one
-    is too short for a frame."""
+    that no index below can fail: the highest is 72, in TCP's header behind 60 bytes of IPv4's. A
+    padded one is too short for a frame."""
     packet = packet.ljust(LEAST)
     if packet[0] >> 4 == 4:
         at, protocol, sender, own = (packet[0] & 15) * 4, packet[9], packet[12:16], packet[16:20]
@@ -734,7 +742,9 @@ class Exchange:
     """One knock by one route: what it sends, and what it believes: nothing but frames with k' as
     their key. From the challenge on, that the server is its own, and saw the knock come from
     `seen`. That somebody relays it shows only where this machine's own address is public, or
-    `address` was given: behind NAT without that, any `seen` is taken."""
+    `address` was given for this route's family: behind NAT without that, any `seen` is taken. One
+    challenge is answered, and no other one: a server that forgot its own has been
+    restarted, and would act twice."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -756,12 +766,12 @@ class Exchange:
     def answer(self, challenge, sock):
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
         own, seen, wanted = self.route.own, challenge.seen, self.client.address
-        if wanted != "any" and (":" in wanted) != (":" in seen):
-            wanted = ""  # an address says nothing of the other family
-        if wanted:
-            right = wanted == "any" or seen in (wanted, own)
-        else:
-            right = seen == own or not is_public(own)  # a private address: NAT shows another
+        if wanted == "any":
+            right = True
+        elif wanted and (":" in wanted) in (":" in own, ":" in seen):  # NAT64: own is of IPv6
+            right = seen == wanted
+        else:  # nothing is said of this family. A private address: NAT shows another
+            right = seen == own or not is_public(own)
         if not right:
             raise Fault(RELAYED, f"The server sees {seen}, and this machine is {wanted or own}: "
                                  "nothing was opened. If that is your NAT, knock with --address "
@@ -826,8 +836,8 @@ class Client:
                         fault.detail)
 
     def knock(self, routes, transports, seconds):
-        """Knock by each route and transport in turn, until there is a result -> (Exchange,
-        transport, Result). Raises Fault."""
+        """Knock by each route and transport in turn; once one is challenged, by that one only;
+        until there is a result -> (Exchange, transport, Result). Raises Fault."""
         exchanges = [Exchange(self, route) for route in routes]
         ways = [(exchange, transport) for transport in transports for exchange in exchanges]
         turns = itertools.cycle(ways)
@@ -835,8 +845,8 @@ class Client:
         chosen = None  # the exchange that was challenged first: no other one is answered
         trouble = ""
         exchanges[0].seal()  # before the time runs
-        began = monotonic()
-        wait, end = FIRST_WAIT, began + seconds
+        began, wait = monotonic(), FIRST_WAIT
+        end = began + seconds
         while monotonic() < end:
             exchange, transport = next(turns)
             frames = exchange.frames()
@@ -856,20 +866,26 @@ class Client:
                     self.took = monotonic() - began
                     return exchange, transport, result
                 challenge = read_challenge(exchange.reply_key, payload)
-                if challenge and chosen in (None, exchange):
-                    if not chosen:
-                        self.step(f"The server has unsealed it, and sees {challenge.seen}.")
-                        end = monotonic() + seconds + min(999, challenge.patience)
-                    chosen, turns = exchange, itertools.repeat((exchange, transport))
+                if challenge and not chosen:
+                    self.step(f"The server has unsealed it, and sees {challenge.seen}.")
+                    end = monotonic() + seconds + min(999, challenge.patience)
+                    chosen, nonce = exchange, challenge.nonce
+                    turns = itertools.repeat((exchange, transport))
+                if challenge and chosen == exchange and nonce == challenge.nonce:
                     exchange.answer(challenge, sock)
         if chosen:
             raise Fault(NO_ANSWER, f"{self.host} unsealed the knock, but sent no result. It may "
                                    "have acted: look, then knock again.")
+        raise self.silence(routes, transports, seconds, trouble)
+
+    def silence(self, routes, transports, seconds, trouble):
+        """The Fault of a knock that nobody has answered: what was tried, and what time it is."""
         addresses = " and ".join(route.address for route in routes)
-        raise Fault(NO_ANSWER, f"No answer from {self.host} in {seconds:g} s, at {addresses} by "
-                               f"{' and '.join(transports)}{trouble}. The server's log may say why "
-                               f"(journalctl -u tariq); it is {time.strftime('%T', time.gmtime())} "
-                               "UTC by this clock, and a minute is too far off.")
+        return Fault(NO_ANSWER, f"No answer from {self.host} in {seconds:g} s, at {addresses} by "
+                                f"{' and '.join(transports)}{trouble}. The server's log may say "
+                                f"why (journalctl -u tariq); it is "
+                                f"{time.strftime('%T', time.gmtime())} UTC by this clock, and a "
+                                "minute is too far off.")
 
 def payloads(sockets, end):
     """Yield (socket, payload) until the end. Of `sockets`, a dict's keys, goes what is over."""
@@ -951,6 +967,11 @@ def cmd_knock(options):
 #     ahead, in the minute after it                             answer the challenge
 #   the same request in new frames, by who has the secret     `dialogue`: the same
 #   the same request at another server                        `dialogue`: "to" is another key
+#   a client's own repeats after a restart                      that client: it answers no second
+#                                                               challenge
+#
+# Who has the secret, and sees a client's packets, can spoil its knocks, by fragments of his own in
+# their place; so can who is on the way, by dropping them. Neither gets in.
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
@@ -965,6 +986,7 @@ REPEAT_TIME = 10  # seconds in which a result is repeated
 COMPLAINT_TIME = 60  # seconds between two log lines of one kind
 MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
+ENDED = b"ended "  # what tells an ended knock's id from a nonce in `seen`
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 
 class Knock:
@@ -996,7 +1018,8 @@ class Listener:
         self.complained = {}  # kind: when
 
     # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
-    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing ==
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. (At a client:
+    # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little with them.) ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -1036,7 +1059,7 @@ class Listener:
     def collect(self, position, knock_id, piece, packet):
         """A frame to its knock, whose address is where its last fragment first came from."""
         with self.lock:
-            knock, ended = self.knocks.get(knock_id), knock_id in self.seen
+            knock, ended = self.knocks.get(knock_id), ENDED + knock_id in self.seen
         if knock:  # a thread serves it: a last fragment again, or an answer, is for that thread
             if position >= self.last and packet.sender == knock.packet.sender:
                 knock.packet = packet  # replies go to the newest
@@ -1074,7 +1097,7 @@ class Listener:
             refusal = as_fault(error)
             self.log(f"{address}: knock refused: {refusal} {refusal.detail}")
         if not refusal or refusal.code != SYSTEM:  # where gpg had no time, a repeat tries again
-            self.remember(knock_id)  # before it goes: its repeats shall start no gpg
+            self.remember(ENDED + knock_id)  # before it goes: its repeats shall start no gpg
         with self.lock:
             del self.knocks[knock_id]
 
@@ -1095,7 +1118,9 @@ class Listener:
         except Exception:  # whatever else was signed: Pillow has many for bad files
             raise Fault(BAD_DATA, f"{signer} signed no request, or one for another server or "
                                   "knock.")
-        # Nothing was sent so far. The signature counts, whoever's it is: policy is the monitor's.
+        # Nothing was sent so far, and a Fault above sends nothing: `serve` logs it. The signature
+        # counts, whoever's it is: policy is the monitor's. From here on replies go to where the
+        # knock's last fragment came from, and nowhere else (`collect`).
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
         while True:
@@ -1211,11 +1236,13 @@ def cmd_listener(descriptors):
 #     -legacy -S
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
-#   ss, firewall-cmd (hide); id, useradd run, query      root             15 s      OUTPUT_ROOM
-#     (init); timedatectl (check)
-#   systemctl (init)                     run             root             120 s     OUTPUT_ROOM
-#   gpg on what an admin gives it,       gpg, run        keyring's owner  60 s      in memory
-#     gpgconf (init, check, enroll, start)
+#   ss (hide, check), firewall-cmd       run, query      root             15 s      OUTPUT_ROOM
+#     (hide), id, useradd (init),
+#     timedatectl (check)
+#   systemctl (init)                     run             root             60, 120 s OUTPUT_ROOM
+#   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
+#     (init, check, enroll, start)
+#   gpgconf (init, check)                end_agent       keyring's owner  15 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
 #
@@ -1312,7 +1339,7 @@ class Door:
         fields = {
             "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
             "dport": self.number, "protocol": self.protocol,
-            "seconds": str(min(self.seconds_left(), NFT_SECONDS_MAX)),
+            "seconds": str(self.seconds_left()),
             "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
         }
         def value(match):
@@ -1337,8 +1364,13 @@ KEPT = {
 NO_SYN = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"
 
 class Iptables:
-    """Doors are rules in a chain of ours. INPUT leads to it, and behind it, where the config has
-    public_ports, to one more that drops what is not public."""
+    """Doors are rules in a chain of ours; another one hides what is not public, where the config
+    has public_ports. A stop empties the first, and leaves the rest.
+
+        INPUT                   tariq                       tariq-hide
+          -j tariq                ACCEPT what is established  ACCEPT what KEPT says
+          -j tariq-hide           ACCEPT a door's address     RETURN public ports
+          others' rules, policy   ...                         DROP"""
 
     def __init__(self, config):
         self.chain = config.get("iptables_chain", default="tariq")
@@ -1366,23 +1398,29 @@ class Iptables:
 
     def put_back(self, family, anew=False):
         """Make our chains, without a door, and link them to INPUT: where INPUT lacks one of ours,
-        or anew, as at start and stop -> INPUT's rules then. Raises Fault."""
+        or anew, as at the start -> INPUT's rules then. Raises Fault."""
         rules = self.rules(family, "INPUT")
         if self.jumps() <= set(rules) and not anew:
             return rules
         if not anew:
             log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload of "
                 "the firewall?): it is put back, without doors.")
-        # What is established stays so, also when INPUT is hidden later: with this rule the kernel
-        # begins to track it. Where INPUT was flushed, and its policy drops all, what else has to go
-        # on is added.
-        flushed = "-P INPUT DROP" in rules \
-            and all(self.chain in rule for rule in rules if rule.startswith("-A"))
-        kept = KEPT[family] if flushed else [ESTABLISHED]
-        self.transact(family, [f":{self.chain} - [0:0]",  # makes it, or empties it
-                               *(f"-A {self.chain} {rule}" for rule in kept),
+        self.transact(family, [*self.empty_chain(family, rules),
                                *self.linking_lines(family, rules)])
         return self.rules(family, "INPUT")
+
+    def empty_chain(self, family, rules):
+        """The lines that make our chain, or empty it. What is established stays so, also when INPUT
+        is hidden later: with this rule the kernel begins to track it. Where INPUT was flushed, and
+        its policy drops all, what else has to go on is added."""
+        others = [rule for rule in rules if rule.startswith("-A") and rule not in self.ours(rules)]
+        kept = KEPT[family] if "-P INPUT DROP" in rules and not others else [ESTABLISHED]
+        return [f":{self.chain} - [0:0]", *(f"-A {self.chain} {rule}" for rule in kept)]
+
+    def ours(self, rules):
+        """Which rules of INPUT lead to a chain of ours."""
+        return [rule for rule in rules
+                if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
 
     def jumps(self):
         """The rules of INPUT that are ours."""
@@ -1393,8 +1431,7 @@ class Iptables:
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
         behind it to what drops all but the public ports, until a limit at which the kernel ends
         that."""
-        lines = [rule.replace("-A", "-D", 1) for rule in rules
-                 if rule.endswith((f"-j {self.chain}", f"-j {self.hiding_chain}"))]
+        lines = [rule.replace("-A", "-D", 1) for rule in self.ours(rules)]
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
@@ -1446,14 +1483,13 @@ class Iptables:
         return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
-        refusals = [query(*self.words("-A", door))[0] for _ in range(2)]
-        if not {0, LOCK_HELD} & set(refusals):
+        # Twice, as the kernel may be short of memory once.
+        if not any(query(*self.words("-A", door))[0] in (0, LOCK_HELD) for _ in range(2)):
             log(f"{IPTABLES[door.family]} refuses a rule with a time limit: no xt_time here?")
             for protocol, template in self.templates.items():
                 self.templates[protocol] = template.replace(TIME_LIMIT, "")
             run(*self.words("-A", door))
-        for _ in refusals:
-            query(*self.words("-D", door))
+        query(*self.words("-D", door))
 
     def words(self, action, door):
         rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
@@ -1490,7 +1526,7 @@ class Iptables:
     def stop(self, _doors):
         for family in self.families:
             with closing_on():
-                self.put_back(family, anew=True)
+                self.transact(family, self.empty_chain(family, self.rules(family, "INPUT")))
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1524,7 +1560,7 @@ class Commands:
     def stop(self, doors):
         for door in doors:
             with closing_on():
-                run(*door.fill(self.closing))
+                self.close(door)
 
 @contextmanager
 def closing_on():
@@ -1548,7 +1584,7 @@ def cmd_hide(options):
         raise Fault(USAGE, "--undo takes no ports: it hides nothing any more.")
     config = Config(options.config, root=True)
     firewall = Iptables(config)
-    if not take_lock(firewall.hiding_chain):
+    if take_lock(firewall.hiding_chain) is None:
         raise Fault(SYSTEM, "hide runs already, in another terminal: end it there (Ctrl-C).")
     if options.undo:
         return unhide(config, firewall)
@@ -1562,7 +1598,7 @@ def cmd_hide(options):
     if firewall.public_ports is not None:
         raise Fault(USAGE, "This machine is hidden already. To change what stays public, edit "
                            f"public_ports in {config.path}, and restart the server.")
-    if take_lock(firewall.chain):
+    if take_lock(firewall.chain) is not None:
         raise Fault(SYSTEM, "No server runs that could let you in: sudo systemctl start tariq")
     if not try_hiding(config, firewall, ports):
         raise Fault(NO_ANSWER, "Nobody came in through a door: all is as it was before. "
@@ -1724,8 +1760,9 @@ class Monitor:
             self.config_stamp = stamp
             try:
                 config = Config(self.config.path, root=True)
-                # Also of one with a fault: `hide --undo` has to hold.
-                self.firewall.public_ports = config.get("public_ports", default=None)
+                server = config.ini["server"]
+                if server and "public_ports" not in server:
+                    self.firewall.public_ports = None  # also of one with a fault: `hide --undo`
                 config.require("server")
                 self.config = config
                 for line in config.all_faults():
@@ -1851,7 +1888,8 @@ class Monitor:
         self.firewall.stop(list(self.doors.values()))
 
     def execute(self, knock_id, event, words):
-        """Start a permitted command, which ends with this server (but in a session of its own)."""
+        """Start a permitted command. It ends with this server; what it starts in a session of its
+        own goes on."""
         if not self.command_slots.acquire(blocking=False):
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run now: knock again.")
         log(f"+ {shlex.join(words)}")
@@ -1997,7 +2035,7 @@ def cmd_server(options):
     # root's session keyring; the listener makes it once it has left that.)
     as_owner(monitor.home)
     need_server_key(monitor.home, "--list-keys", config.get("server_key"))
-    if not take_lock(monitor.firewall.chain):
+    if take_lock(monitor.firewall.chain) is None:
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
     try:
         monitor.firewall.prepare()
@@ -2011,7 +2049,7 @@ def cmd_server(options):
 #   /etc/tariq/tariq.conf         root's, 0600      init, enroll, hide
 #   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg in init and enroll, as tariq
 #   PROGRAM, UNIT_PATH            root's, 755, 644  init
-#   /run/tariq-CHAIN-*.lock       root's, 0600 *    server and hide: empty, never removed
+#   /run/tariq-CHAIN-*.lock       root's, 0600 *    server, hide, check: empty, never removed
 #   ~/.config/tariq               yours, 0600       keygen, join (* gpg, its keyring in there)
 # enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
 # so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
@@ -2100,7 +2138,7 @@ def set_public_ports(path, ports):
     _, lock = locked_directory(path)
     text = Config(path, root=True).text.rstrip() + "\n"
     server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
-    without = re.sub(r"(?mi)^public_ports *=.*\n([ \t]+\S.*\n)*", "", server)
+    without = re.sub(r"(?mi)^[ \t]*public_ports\s*=.*\n([ \t]+\S.*\n)*", "", server)
     header, rest = without.split("\n", 1)
     if ports is not None:
         header += f"\npublic_ports = {', '.join(ports) or 'none'}"
@@ -2131,13 +2169,18 @@ def install():
         write_file(path, text, mode)
     return systemd
 
+def end_agent(home):
+    """No gpg-agent of the server's keyring stays outside the service: it would have root's session
+    keyring."""
+    query(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")
+
 def make_server(path, home, owner, name):
     """The keyring of a new server, its key if none is there, and its config."""
     os.makedirs(home, exist_ok=True)
     os.chown(home, owner.pw_uid, owner.pw_gid)
     known = list_keys(home, "--list-secret-keys")
     key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
-    run(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")  # not outside a service
+    end_agent(home)
     import secrets
     ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
     secret = binascii.b2a_base64(os.urandom(32), newline=False).decode()
@@ -2226,9 +2269,12 @@ def cmd_check(options):
     if "open_command" in config.values["server"]:
         attempt(Commands, config)
     elif firewall := attempt(Iptables, config):
-        if lock := take_lock(firewall.chain):
+        lock = take_lock(firewall.chain)
+        if lock is not None:
             os.close(lock)
             log("No server runs: sudo systemctl status tariq")
+            if home:
+                attempt(end_agent, home)  # which looking for the server's key has started
         for family, program in IPTABLES.items():
             try:
                 doubts = firewall.check(family)

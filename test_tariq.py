@@ -1438,6 +1438,28 @@ def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(live):
     for own in ("192.168.7.7", "100.64.0.7", "fe80::7", "fd00::7"):
         opens(live, change=OWN.format(own))
 
+@pytest.mark.parametrize("own, address, seen, answered", [
+    ("192.168.1.5", "203.0.113.7", "203.0.113.7", True),
+    ("192.168.1.5", "203.0.113.7", "203.0.113.8", False),
+    ("192.168.1.5", "203.0.113.7", "2001:db8::666", False),  # a relay, by the other family
+    ("192.168.1.5", "203.0.113.7", "192.168.1.5", False),  # a relay, in the server's own network
+    ("fd00::5", "203.0.113.7", "2001:db8::5", True),  # which says nothing of a knock by IPv6
+    ("fd00::5", "203.0.113.7", "203.0.113.7", True),  # NAT64
+    ("fd00::5", "203.0.113.7", "203.0.113.8", False),
+    ("64:ff9b::5", "203.0.113.7", "2001:db8::5", False),
+    ("192.168.1.5", "any", "2001:db8::666", True),
+    ("192.168.1.5", "", "203.0.113.8", True),
+    ("64:ff9b::5", "", "203.0.113.8", False)])
+def test_who_the_server_sees_is_compared_with_the_address_given(own, address, seen, answered):
+    client = SimpleNamespace(address=address, shared=bytes(32))
+    exchange = tariq.Exchange(client, tariq.Route("", own, None, [1, 2, 3, 4, 5]))
+    exchange.knock_id, exchange.reply_key, sent = bytes(12), bytes(32), []
+    try:
+        exchange.answer(tariq.Challenge(bytes(32), 30, seen), SimpleNamespace(send=sent.append))
+    except tariq.Fault as fault:
+        assert fault.code == 76 and seen in str(fault)
+    assert len(sent) == answered
+
 @pytest.mark.parametrize("algorithm", ["rsa2048", "rsa3072"])
 def test_rsa_keys_fit_their_packets(live, algorithm):
     conf = second_client(live, algorithm, ("O 22", "E head *"), algorithm)
@@ -1781,6 +1803,21 @@ def test_a_second_server_with_the_same_chain_does_not_start(live):
     done = live.lab.tariq(live.server, "server", "-c", live.conf, check=False)
     assert done.returncode == 71 and "runs already" in done.stderr and "+ iptables" not in done.stderr
     opens(live)
+
+def test_a_client_answers_one_challenge_only(live):
+    """A server that has forgotten its own was started anew, and would run the command once more."""
+    first = "0" * 64
+    forgets = ("challenge, first = tariq.read_challenge, []\n"
+               "def another(key, payload):\n"
+               "    found = challenge(key, payload)\n"
+               "    if found and not first:\n"
+               "        first.append(found)\n"
+               f"        return found._replace(nonce=bytes.fromhex('{first}'))\n"
+               "    return found\n"
+               "tariq.read_challenge = another")
+    done = knock(live, "E", "echo", "once", timeout=3, change=forgets)
+    assert done.returncode == NO_ANSWER and "may have acted" in done.stderr, done
+    assert "echo once: exit" not in live.tariq.log
 
 def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(live):
     """Its replies are right but for their contents: changed where the client has opened them."""
@@ -4612,6 +4649,30 @@ def test_other_public_ports_hold_from_the_next_start(bare):
     hide_at_start(bare, "7000/tcp")
     assert is_shut(bare, "box", 22) and lives(session(bare, "box6"))
 
+@pytest.mark.parametrize("edited", [
+    ("public_ports = none", "public_ports = 80, 443,"), ("[server]", "[sever]")])
+def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_after_it(bare, edited):
+    """A request makes the server read it, and put back what a flush has taken meanwhile."""
+    hide_at_start(bare)
+    edit(bare.conf, edited)
+    opens(bare, "C", "22")
+    wait_for(lambda: "from before this change holds" in bare.tariq.log)
+    bare.server.run("nft", "flush", "ruleset")
+    opens(bare, "C", "22")
+    wait_for(lambda: jumps(bare) == HIDDEN, "it is not put back")
+    assert bare.tariq.stop() == 0 and jumps(bare) == HIDDEN
+    assert Server(bare.lab, bare.server, bare.conf).process.wait(LONG) == CONFIG_FAULT
+    assert jumps(bare) == HIDDEN and is_shut(bare, "box", 22)
+
+def test_a_stop_changes_nothing_in_input(bare):
+    """Whoever flushed it on purpose, from the console, is not locked out by the stop that follows."""
+    hide_at_start(bare)
+    for program in IPTABLES:
+        bare.server.run(program, "-P", "INPUT", "ACCEPT")
+        bare.server.run(program, "-F")
+    assert bare.tariq.stop() == 0
+    assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_server_that_was_stopped_or_killed_leaves_it_hidden(bare, number):
     hide_at_start(bare, "7000/tcp")
@@ -4682,7 +4743,8 @@ def test_undo_needs_neither_a_faultless_config_nor_a_server(bare):
     assert gets_in(bare) and gets_in(bare, "box6")
 
 @pytest.mark.parametrize("written", [
-    "Public_Ports = 22/tcp\n", "public_ports = 22/tcp,\n    80/tcp\n", "public_ports=none # all\n"])
+    "Public_Ports = 22/tcp\n", "public_ports = 22/tcp,\n    80/tcp\n", "public_ports=none # all\n",
+    "public_ports\t= 22/tcp\n", "  public_ports = none\n"])
 def test_undo_takes_the_key_out_however_it_is_written(bare, written):
     text = bare.conf.read_text()
     write(bare.conf, text.replace("[server]\n", f"[server]\n{written}"))
