@@ -61,13 +61,15 @@ ROOT_CONF = "/etc/tariq/tariq.conf"
 sys.path.insert(0, str(HERE))
 import tariq  # noqa: E402
 
-# ---- the lab: hosts in namespaces on one switch ----------------------------------------------------------------------
+# ---- the lab: hosts in namespaces on one switch --------------------------------------------------
 
 def sh(*argv, check=True, text=True, timeout=600, **options):
     """Run a command to its end and return it; its words are in the error when it fails."""
     options = options if "input" in options else {"stdin": DEVNULL, **options}
-    done = subprocess.run([*map(str, argv)], stdout=PIPE, stderr=PIPE, text=text, timeout=timeout, **options)
-    assert done.returncode == 0 or not check, f"{argv}: exit {done.returncode}: {done.stdout}{done.stderr}"
+    done = subprocess.run([*map(str, argv)], stdout=PIPE, stderr=PIPE, text=text,
+                          timeout=timeout, **options)
+    assert done.returncode == 0 or not check, \
+        f"{argv}: exit {done.returncode}: {done.stdout}{done.stderr}"
     return done
 
 def as_user(user):
@@ -81,13 +83,17 @@ class Host:
         self.ip, self.ip6 = f"{prefix}.{number}", f"{prefix6}:{number}"
         sh("ip", "netns", "add", self.netns)
         sh("ip", "-n", self.netns, "link", "set", "lo", "up")
-        # What a kernel says of itself now and then would count as a packet sent. The rest is inherited.
-        self.run("sysctl", "-qw", "net.ipv4.conf.all.forwarding=0", "net.ipv6.conf.all.forwarding=0",
+        # What a kernel says of itself now and then would count as a packet sent. The rest is
+        # inherited.
+        self.run("sysctl", "-qw", "net.ipv4.conf.all.forwarding=0",
+                 "net.ipv6.conf.all.forwarding=0",
                  "net.ipv6.conf.all.disable_ipv6=0", "net.ipv6.conf.default.disable_ipv6=0",
-                 "net.ipv6.conf.all.router_solicitations=0", "net.ipv6.conf.default.router_solicitations=0")
+                 "net.ipv6.conf.all.router_solicitations=0",
+                 "net.ipv6.conf.default.router_solicitations=0")
 
     def command(self, argv, user=None):
-        return ["ip", "netns", "exec", self.netns, *(as_user(user) if user is not None else []), *map(str, argv)]
+        return ["ip", "netns", "exec", self.netns,
+                *(as_user(user) if user is not None else []), *map(str, argv)]
 
     def run(self, *argv, user=None, **options):
         return sh(*self.command(argv, user), **options)
@@ -96,10 +102,12 @@ class Host:
         return subprocess.Popen(self.command(argv, user), text=text, **options)
 
     def inside(self, function, *arguments):
-        """Call a function of ours, which makes a socket, in a thread that goes to this host's namespace."""
+        """Call a function of ours, which makes a socket, in a thread that goes to this host's
+        namespace."""
         def call():
             with open(f"/run/netns/{self.netns}", "rb") as namespace:
-                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET
+                # CLONE_NEWNET
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):
                     raise OSError(ctypes.get_errno(), "setns")
             return function(*arguments)
         with ThreadPoolExecutor(1) as pool:
@@ -108,14 +116,15 @@ class Host:
     def drop_policy(self):
         """The firewall of the README: nothing gets in but what belongs to a connection."""
         for program in ("iptables", "ip6tables"):
-            for rule in ("-A INPUT -i lo -j ACCEPT", "-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+            for rule in ("-A INPUT -i lo -j ACCEPT",
+                         "-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
                          "-A INPUT -p ipv6-icmp -j ACCEPT", "-P INPUT DROP"):
                 self.run(program, *rule.split())
 
     def connects(self, address, port=22, timeout=None):
-        """Whether a TCP connection to address:port opens, and says SSH. It does not where the SYN had no
-        answer when the kernel sent it again, after a second (or after the timeout): only kernels have
-        a part in that answer. What sshd says takes as long as it takes."""
+        """Whether a TCP connection to address:port opens, and says SSH. It does not where the SYN
+        had no answer when the kernel sent it again, after a second (or after the timeout): only
+        kernels have a part in that answer. What sshd says takes as long as it takes."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with self.inside(socket.socket, family, socket.SOCK_STREAM) as sock, suppress(OSError):
             sock.setblocking(False)
@@ -136,23 +145,28 @@ class Host:
         return [rule for rule in rules if "ESTABLISHED" not in rule]
 
     def sshd(self, system=False):
-        """A real sshd on port 22, with a key of its own and no configuration, or with the system's."""
-        options = ["-f", "/dev/null", "-h", self.lab.new("sshd-key"), "-o", "PidFile=none", "-o", "UsePAM=no"]
+        """A real sshd on port 22, with a key of its own and no configuration, or with the
+        system's."""
+        options = ["-f", "/dev/null", "-h", self.lab.new("sshd-key"), "-o", "PidFile=none",
+                   "-o", "UsePAM=no"]
         if system:
             self.run("ssh-keygen", "-A")
             options = []
         else:
             sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", options[3])
         # OpenSSH 9.8 and later shuts out addresses that connect and do not log in, as the tests do.
-        version = tuple(map(int, re.search(r"OpenSSH_(\d+)\.(\d+)", sh("ssh", "-V").stderr).groups()))
+        version = tuple(map(int, re.search(r"OpenSSH_(\d+)\.(\d+)",
+                                           sh("ssh", "-V").stderr).groups()))
         options += ["-o", "PerSourcePenalties=no"] if version >= (9, 8) else []
-        options += ["-o", "MaxStartups=500"]  # else it refuses some while it is slow to see others go
+        # else it refuses some while it is slow to see others go
+        options += ["-o", "MaxStartups=500"]
         own = '[ -d /run/sshd ] || { mount -t tmpfs x /run && mkdir -m 755 /run/sshd; }; exec "$@"'
         self.popen("sh", "-c", own, "sh", "/usr/sbin/sshd", "-D", *options, stdout=DEVNULL,
             stderr=DEVNULL)
         wait_for(lambda: self.connects("127.0.0.1"), "sshd does not come up")
 
-# Waits until the tests close its stdin, or are gone, however they went; then removes a lab and all that runs in it.
+# Waits until the tests close its stdin, or are gone, however they went; then removes a lab and all
+# that runs in it.
 JANITOR = """
 read -r line
 for space in $(ip netns list | grep -o "^$1-[^ ]*"); do
@@ -164,7 +178,8 @@ rm -rf --one-file-system "$2"
 """
 
 class Lab:
-    """Namespaces on a bridge in one more namespace, a private directory, and the removal of all that."""
+    """Namespaces on a bridge in one more namespace, a private directory, and the removal of all
+    that."""
 
     count = itertools.count()
 
@@ -178,7 +193,8 @@ class Lab:
         os.umask(0o022)
         self.dir.chmod(0o755)
         words = [self.prefix, self.dir]
-        self.janitor = subprocess.Popen(["sh", "-c", JANITOR, "sh", *words], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
+        self.janitor = subprocess.Popen(["sh", "-c", JANITOR, "sh", *words], stdin=PIPE,
+                                        stdout=DEVNULL, stderr=DEVNULL,
                                         start_new_session=True)
         self.program(path=self.dir / "tariq.py")
         shutil.copy(HERE / "tariq.conf.example", self.dir)
@@ -198,12 +214,14 @@ class Lab:
         return self.dir / f"{next(self.count)}-{name}"
 
     def program(self, change="", path=None):
-        """A copy of tariq.py for this very Python, which runs a change of `tariq`, the program, first; its path."""
+        """A copy of tariq.py for this very Python, which runs a change of `tariq`, the program,
+        first; its path."""
         text = TARIQ.read_text().replace("#!/usr/bin/python3", f"#!{sys.executable}", 1)
         # A second for gpg is too little at half speed, and a knock that was refused for it is lost.
         change = f"tariq.UNSEAL_TIME = {LONG // 2}\n{change}"
         change = f"exec({change!r}, {{**globals(), 'tariq': sys.modules[__name__]}})\n"
-        return write(path or self.new("tariq.py"), text.replace("\nif __name__", f"\n{change}if __name__"), mode=0o755)
+        return write(path or self.new("tariq.py"),
+                     text.replace("\nif __name__", f"\n{change}if __name__"), mode=0o755)
 
     def host(self, name, number):
         host = self.hosts[name] = Host(self, name, number)
@@ -228,7 +246,8 @@ class Lab:
     def tariq(self, host, *argv, user=None, **options):
         return host.run(self.dir / "tariq.py", *argv, user=user, **options)
 
-# Runs a command where /etc has the lab's passwd and group: with a user `tariq`, as `make_users` says.
+# Runs a command where /etc has the lab's passwd and group: with a user `tariq`, as `make_users`
+# says.
 OWN_USERS = 'for name in passwd group; do mount --bind "$0/$name" /etc/$name || exit; done; exec "$@"'
 
 def make_users(directory, uid=None):
@@ -245,7 +264,8 @@ def make_users(directory, uid=None):
 
 def set_up_link(host, interface, *addresses):
     for address in addresses:
-        sh("ip", "-n", host.netns, "addr", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
+        sh("ip", "-n", host.netns, "addr", "add", address, "dev", interface,
+           *(["nodad"] if ":" in address else []))
     sh("ip", "-n", host.netns, "link", "set", interface, "up")
 
 def make_server(lab, host, directory="server", **settings):
@@ -258,7 +278,8 @@ def make_server(lab, host, directory="server", **settings):
 def with_settings(text, settings):
     """A server's config with other settings."""
     for key, value in settings.items():
-        text = re.sub(rf"(?m)^{key} = .*\n", "", text, count=1).replace("[server]\n", f"[server]\n{key} = {value}\n")
+        text = re.sub(rf"(?m)^{key} = .*\n", "", text, count=1).replace("[server]\n",
+            f"[server]\n{key} = {value}\n")
     return text
 
 def write(path, text, user=0, mode=0o600):
@@ -279,21 +300,25 @@ def config_values(path, section):
     return dict(tariq.Config(path).ini[section])
 
 class Server:
-    """A running `tariq.py server`, with its log, in hostile surroundings: far from UTC, with root's groups and secrets,
-    a poisoned PATH and Python, and a file as stdin."""
+    """A running `tariq.py server`, with its log, in hostile surroundings: far from UTC, with root's
+    groups and secrets, a poisoned PATH and Python, and a file as stdin."""
 
     def __init__(self, lab, host, conf, program=None, prefix=()):
         self.conf, self.path, self.poison = conf, lab.new("log"), lab.new("poison")
         self.poison.mkdir()
-        for name in ("iptables", "ip6tables", "iptables-restore", "gpg", "setpriv", "timeout", "json.py", "hmac.py"):
+        for name in ("iptables", "ip6tables", "iptables-restore", "gpg", "setpriv", "timeout",
+                     "json.py", "hmac.py"):
             mark = f"open('{self.poison}/mark', 'w')" if ".py" in name else f"#!/bin/sh\ntouch {self.poison}/mark"
             write(self.poison / name, f"{mark}\n", mode=0o755)
         path = f"PATH={self.poison}:{os.environ['PATH']}"
-        surroundings = ["setpriv", "--groups", "4,24", "env", "TZ=XXX-13:37", path, f"PYTHONPATH={self.poison}",
-                        f"GNUPGHOME={self.poison}", "SECRET_OF_ROOT=hunter2", "XTABLES_LIBDIR=/nonexistent",
+        surroundings = ["setpriv", "--groups", "4,24", "env", "TZ=XXX-13:37", path,
+                        f"PYTHONPATH={self.poison}",
+                        f"GNUPGHOME={self.poison}", "SECRET_OF_ROOT=hunter2",
+                        "XTABLES_LIBDIR=/nonexistent",
                         "LC_ALL=tr_TR.UTF-8"]
         with open(self.path, "w") as log, open(__file__) as stdin:
-            self.process = host.popen(*prefix, *surroundings, program or lab.dir / "tariq.py", "server", "-c", conf,
+            self.process = host.popen(*prefix, *surroundings, program or lab.dir / "tariq.py",
+                                      "server", "-c", conf,
                                       stdin=stdin, stdout=log, stderr=log)
 
     @property
@@ -330,7 +355,7 @@ class Server:
                     return pid
         raise AssertionError(f"no listener: {self.log}")
 
-# ---- tools -----------------------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 def wait_for(condition, complaint="it did not come true", seconds=LONG):
     end = time.monotonic() + seconds
@@ -342,15 +367,20 @@ Packet = collections.namedtuple("Packet", "time outgoing frame source port flags
 
 @contextmanager
 def captured(host, outgoing=False):
-    """The packets that pass a host's eth0 meanwhile, or those that it sends: a list, complete at the end."""
+    """The packets that pass a host's eth0 meanwhile, or those that it sends: a list, complete at
+    the end."""
     packets = []
     with host.inside(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
         sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
         sock.setsockopt(socket.SOL_SOCKET, 35, 1)  # SO_TIMESTAMPNS
-        if outgoing:  # linux/filter.h: load the packet's type; PACKET_OUTGOING: all of it; else: nothing
-            steps = ((0x20, 0, 0, 0xFFFFF004), (0x15, 0, 1, 4), (0x06, 0, 0, 0xFFFF), (0x06, 0, 0, 0))
-            code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-            sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(steps), ctypes.addressof(code)))
+        # linux/filter.h: load the packet's type; PACKET_OUTGOING: all of it; else: nothing
+        if outgoing:
+            steps = ((0x20, 0, 0, 0xFFFFF004), (0x15, 0, 1, 4),
+                     (0x06, 0, 0, 0xFFFF), (0x06, 0, 0, 0))
+            code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI",
+                                                                    *step) for step in steps))
+            sock.setsockopt(socket.SOL_SOCKET, 26,
+                            struct.pack("HP", len(steps), ctypes.addressof(code)))
         sock.bind(("eth0", 3))  # ETH_P_ALL
         yield packets
         time.sleep(0.2)  # the last packets are on their way
@@ -359,10 +389,12 @@ def captured(host, outgoing=False):
             while True:
                 frame, ((_, _, stamp),), _, (_, _, direction, *_) = sock.recvmsg(1 << 16, 64)
                 seconds, nanoseconds = struct.unpack("qq", stamp)
-                packets.append(Packet(seconds + nanoseconds / 1e9, direction == 4, frame, *parts(frame)))
+                packets.append(Packet(seconds + nanoseconds / 1e9, direction == 4,
+                                      frame, *parts(frame)))
 
 def parts(frame):
-    """Both ports, TCP flags (of UDP: 0) and payload of a frame; None, None, None, b"" where it has none."""
+    """Both ports, TCP flags (of UDP: 0) and payload of a frame; None, None, None, b"" where it has
+    none."""
     ip, six = frame[14:], frame[14] >> 4 == 6
     protocol, at = (ip[6], 40) if six else (ip[9], (ip[0] & 15) * 4)
     if frame[12:14] not in (b"\x08\0", b"\x86\xdd") or protocol not in (6, 17):
@@ -391,8 +423,10 @@ def from_address(frame, ip):
 
 def gpg(home, *arguments, **options):
     """Run gpg without questions, as the keyring's owner."""
-    words = ["--homedir", home, "--batch", "--yes", "--quiet", "--trust-model", "always", "--pinentry-mode", "loopback"]
-    return sh(*as_user(os.stat(home).st_uid), "gpg", *words, "--passphrase", "", *arguments, cwd="/", **options)
+    words = ["--homedir", home, "--batch", "--yes", "--quiet", "--trust-model", "always",
+             "--pinentry-mode", "loopback"]
+    return sh(*as_user(os.stat(home).st_uid), "gpg", *words, "--passphrase", "", *arguments,
+              cwd="/", **options)
 
 def generate(home, user, algorithm="future-default", *options):
     """A key of a user, with an encryption subkey, in a keyring that is there -> its fingerprint."""
@@ -437,7 +471,8 @@ def descriptors(pid):
     return links
 
 def packet_sockets(pid):
-    """The packet sockets of a process, each the words of its line in proc(5); the seventh: bytes that wait in it."""
+    """The packet sockets of a process, each the words of its line in proc(5); the seventh: bytes
+    that wait in it."""
     inodes = {link[8:-1] for link in descriptors(pid).values() if link.startswith("socket:")}
     rows = [line.split() for line in proc(pid, "net/packet").splitlines()]
     return [row for row in rows if row[8] in inodes]
@@ -455,16 +490,18 @@ def link_state(host):
     """What `ip` knows of the host's interface."""
     return json.loads(host.run("ip", "-s", "-j", "link", "show", "dev", "eth0").stdout)[0]
 
-# ---- pytest: the world, and knocks in it -----------------------------------------------------------------------------
+# ---- pytest: the world, and knocks in it ---------------------------------------------------------
 
 try:
     import pytest
 except ImportError:  # the demo and the benchmarks do without: what marks a test then marks nothing
     class pytest:
         fixture = staticmethod(lambda function=None, **_: function or (lambda made: made))
-        mark = SimpleNamespace(skipif=lambda *_, **__: lambda made: made, parametrize=lambda *_: lambda made: made)
+        mark = SimpleNamespace(skipif=lambda *_, **__: lambda made: made,
+                               parametrize=lambda *_: lambda made: made)
 
-ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", "E echo *", "E sleep 60", "E false",
+ALLOW = ("O 22", "C 22", "O 53/udp", "C 53/udp", "O 8022", "C 8022", "E id -u", "E echo *",
+         "E sleep 60", "E false",
          "E head -c 100000 /dev/zero", "E yes", "E sh -c *", "E nonexistent-program")
 NO_ANSWER, SYSTEM, DIED, REFUSED, MISSING = 75, 71, 70, 77, 69  # tariq.py --help
 UDP = socket.AF_INET, socket.SOCK_DGRAM
@@ -478,12 +515,14 @@ def world():
 
 def new_world(lab, drop=True, other="other", allow=ALLOW, **settings):
     """Three hosts and an enrolled user; the server does not run."""
-    server, client, other = (lab.host(*host) for host in (("server", 10), ("client", 20), (other, 30)))
+    server, client, other = (lab.host(*host) for host in (("server", 10),
+                                                          ("client", 20), (other, 30)))
     if drop:
         server.drop_policy()
     server.sshd()
     conf = make_server(lab, server, **settings)
-    world = SimpleNamespace(lab=lab, server=server, client=client, other=other, conf=conf, tariq=None,
+    world = SimpleNamespace(lab=lab, server=server, client=client, other=other,
+                            conf=conf, tariq=None,
                             ring=conf.parent / ".server-gpg")
     world.me = second_client(world, "client", allow, user="me@laptop")
     world.ports = [int(port) for port in config_values(world.me, "box")["secret_ports"].split(",")]
@@ -528,14 +567,17 @@ def live(restored):
 SOME_PORTS = " ".join(map(str, [*range(20, 60), *range(2000, 2060), 8022]))
 
 def variant(world, **settings):
-    """The server's config with other settings, where the client may open and close many ports; returns its path."""
+    """The server's config with other settings, where the client may open and close many ports;
+    returns its path."""
     many = f"    O {SOME_PORTS}\n    C {SOME_PORTS}\n"
-    text = with_settings(world.conf.read_text(), settings).replace("    O 22/tcp\n    C 22/tcp\n", many)
+    text = with_settings(world.conf.read_text(),
+                         settings).replace("    O 22/tcp\n    C 22/tcp\n", many)
     return write(world.conf.with_name(f"tariq-{next(world.lab.count)}.conf"), text)
 
 @contextmanager
 def serving(world, prefix=(), ready="listening for", program=None, **settings):
-    """A server meanwhile. However the test treated it: no traceback, and a clean end where it still runs."""
+    """A server meanwhile. However the test treated it: no traceback, and a clean end where it still
+    runs."""
     server = Server(world.lab, world.server, variant(world, **settings), program, prefix)
     try:
         yield server.wait_log(ready)
@@ -557,7 +599,8 @@ def knock_words(world, *words, conf=None, where="box", timeout=LONG, transport=N
     return [program, "knock", "-c", conf or world.me, *options, where, *(words or ("O", "22"))]
 
 def knock(world, *words, user=NOBODY, host=None, **how):
-    """Run a client to its end; by default to open port 22, the enrolled one, and unprivileged (but crafted)."""
+    """Run a client to its end; by default to open port 22, the enrolled one, and unprivileged (but
+    crafted)."""
     user = None if how.get("transport") == "crafted" else user
     return (host or world.client).run(*knock_words(world, *words, **how), user=user, check=False)
 
@@ -568,7 +611,8 @@ def opens(world, *words, **how):
     return done.stdout
 
 def fails(world, code, said, *words, **how):
-    """Knock, insist that it failed with this exit code, and that one line with these words is all it said."""
+    """Knock, insist that it failed with this exit code, and that one line with these words is all
+    it said."""
     done = knock(world, *words, **how)
     assert done.returncode == code and said in done.stderr and done.stdout == "", (words, how, done)
     assert re.fullmatch(r"tariq: [ -~]+\n", done.stderr), done
@@ -577,7 +621,8 @@ def fails(world, code, said, *words, **how):
 @contextmanager
 def knocking(world, *words, host=None, **how):
     """A client in the background."""
-    process = (host or world.client).popen(*knock_words(world, *words, **how), user=NOBODY, stdout=PIPE, stderr=PIPE)
+    process = (host or world.client).popen(*knock_words(world, *words, **how), user=NOBODY,
+                                           stdout=PIPE, stderr=PIPE)
     try:
         yield process
     finally:
@@ -586,8 +631,8 @@ def knocking(world, *words, host=None, **how):
         process.wait()
 
 def second_client(world, name, allow=("O 22",), algorithm=None, options=(), conf=None, user=None):
-    """A client of its own uid, perhaps with a certain kind of key, enrolled by the commands of the README; [box] is the
-    server's IPv4 address, [box6] its IPv6 one. Returns its config's path."""
+    """A client of its own uid, perhaps with a certain kind of key, enrolled by the commands of the
+    README; [box] is the server's IPv4 address, [box6] its IPv6 one. Returns its config's path."""
     path, user = world.lab.dir / name / "tariq.conf", user or f"{name}@example.com"
     server, run = world.server, world.lab.tariq
     if path.exists():  # of another test
@@ -609,18 +654,20 @@ def deadline_of(printed):
     now = int(time.time())
     return now + (hours * 3600 + minutes * 60 + seconds - now + 43_200) % 86_400 - 43_200
 
-# ---- a peer written from the README's table of bytes, not from tariq.py ----------------------------------------------
+# ---- a peer written from the README's table of bytes, not from tariq.py --------------------------
 
 def keyed(key, label, data, size):
     return hashlib.blake2b(data, key=key, person=label, digest_size=size).digest()
 
 def masked(key, label, nonce, data):
-    return bytes(a ^ b for a, b in zip(data, hashlib.shake_256(key + label + nonce).digest(len(data))))
+    return bytes(a ^ b for a,
+                 b in zip(data, hashlib.shake_256(key + label + nonce).digest(len(data))))
 
 def make_frame(key, label, data, age=0.0):
     """A frame; `age` seconds old."""
     nonce = os.urandom(12)
-    body = nonce + masked(key, label, nonce, int((time.time() - age) * 1000).to_bytes(6, "big") + data)
+    body = nonce + masked(key, label, nonce,
+                          int((time.time() - age) * 1000).to_bytes(6, "big") + data)
     return keyed(key, label, body, 16) + body
 
 def open_frame(key, label, payload):
@@ -635,7 +682,8 @@ def chunk(kind, data):
 def png_of(width, height, depth, color, data, extra=b"", interlace=0):
     """A PNG of raw rows, whatever is wrong with them."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT",
+                                                                          zlib.compress(data))
             + chunk(b"IEND", b""))
 
 def make_png(data):
@@ -644,7 +692,8 @@ def make_png(data):
     samples = bytearray(os.urandom(36 * 108))
     for place, bit in enumerate(bits):
         samples[place] = samples[place] & 254 | bit
-    return png_of(36, 36, 8, 2, b"".join(b"\0" + samples[row:row + 108] for row in range(0, len(samples), 108)))
+    return png_of(36, 36, 8, 2,
+                  b"".join(b"\0" + samples[row:row + 108] for row in range(0, len(samples), 108)))
 
 class Peer:
     """One knock of an enrolled client over UDP, each step by itself."""
@@ -658,7 +707,8 @@ class Peer:
         self.host, self.server, self.to = host or world.client, world.server, values["server_key"]
         self.home, self.k, self.sealed = conf.parent / "gpg", os.urandom(32), b""
         self.id = keyed(self.k, b"id", b"", 12)
-        self.request = {"to": self.to, "k": self.k.hex(), "cmd": list(cmd) or ["O", "22/tcp"], **request}
+        self.request = {"to": self.to, "k": self.k.hex(), "cmd": list(cmd)
+                        or ["O", "22/tcp"], **request}
         self.socket = self.host.inside(socket.socket, *UDP)
         self.socket.settimeout(LONG)
 
@@ -666,14 +716,16 @@ class Peer:
         """Sign and encrypt the request's PNG, or other bytes."""
         plain = make_png(json.dumps(self.request).encode()) if plain is None else plain
         options = options or ("-u", f"<{self.user}>", "-s", "-e")
-        self.sealed = gpg(self.home, "--hidden-recipient", self.to, *options, input=plain, text=False).stdout
+        self.sealed = gpg(self.home, "--hidden-recipient", self.to, *options, input=plain,
+                          text=False).stdout
         return self
 
     def frames(self, age=0.0, knock_id=None):
         """[(port, fragment's frame)]"""
         size = -(-len(self.sealed) // len(self.ports))
         return [(port, make_frame(self.K, b"knock", bytes([place]) + (knock_id or self.id)
-                                  + self.sealed[place * size:][:size], age)) for place, port in enumerate(self.ports)]
+                                  + self.sealed[place * size:][:size], age)) for place,
+                port in enumerate(self.ports)]
 
     def send(self, frames, sock=None):
         for port, payload in frames:
@@ -709,8 +761,9 @@ class Peer:
         return self.hear(b"result")
 
 def all_is_handled(world, server=None, ahead=0):
-    """Wait until the listener has handled every packet that came before: last comes a knock of junk,
-    which it refuses in silence, with one line in the log. ahead: seconds of the server's clock."""
+    """Wait until the listener has handled every packet that came before: last comes a knock of
+    junk, which it refuses in silence, with one line in the log. ahead: seconds of the server's
+    clock."""
     junk, server = Peer(world, host=world.other), server or world.tariq
     junk.sealed, words = os.urandom(4000), f"{world.other.ip}: knock refused: "
     before = server.log.count(words)
@@ -728,10 +781,14 @@ def test_frames_are_those_of_the_readme_in_both_directions_and_any_change_is_ref
         stamp, opened = tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", data), len(data))
         assert opened == data and before <= stamp <= time.time() * 1000
         assert open_frame(KEY, b"challenge", tariq.frame(KEY, b"challenge", data)) == data
-        assert tariq.unframe(KEY, b"result", make_frame(KEY, b"knock", data), 0) is None, "another label"
-        assert tariq.unframe(bytes(32), b"knock", make_frame(KEY, b"knock", data), 0) is None, "another key"
-        assert tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", data), len(data) + 1) is None, "too short"
-    assert tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", bytes(1167)), 0) is None, "over 1,200 bytes"
+        assert tariq.unframe(KEY, b"result", make_frame(KEY, b"knock", data),
+                             0) is None, "another label"
+        assert tariq.unframe(bytes(32), b"knock", make_frame(KEY, b"knock", data),
+                             0) is None, "another key"
+        assert tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", data),
+                             len(data) + 1) is None, "too short"
+    assert tariq.unframe(KEY, b"knock", make_frame(KEY, b"knock", bytes(1167)), 0) is None, \
+        "over 1,200 bytes"
     assert tariq.shared_key(KEY, [1, 2]) == keyed(KEY, b"ports", b"\0\1\0\2", 32)
     framed = tariq.frame(KEY, b"knock", b"some data")
     size, number = len(framed), int.from_bytes(framed, "big")
@@ -743,10 +800,12 @@ def test_hidden_data_comes_back_from_empty_to_exact_capacity():
     for size in (0, 1, 2, 100, 485, 486):  # 36 * 36 * 3 / 8
         data = os.urandom(size)
         padded = data + b" " * (486 - size)
-        assert tariq.extract(tariq.embed(tariq.cover_image(""), data)) == padded == tariq.extract(make_png(data))
+        assert tariq.extract(tariq.embed(tariq.cover_image(""),
+                                         data)) == padded == tariq.extract(make_png(data))
     with pytest.raises(tariq.Fault, match="1 bytes too long"):
         tariq.embed(tariq.cover_image(""), bytes(487))
-    assert len({len(tariq.embed(tariq.cover_image(""), bytes(size))) for size in range(487)}) == 1, "it tells the size"
+    assert len({len(tariq.embed(tariq.cover_image(""),
+                                bytes(size))) for size in range(487)}) == 1, "it tells the size"
 
 def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_error(tmp_path):
     from PIL import Image
@@ -754,13 +813,17 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
     for directory in (tmp_path / "missing", tmp_path):
         with pytest.raises(tariq.Fault, match=f"{directory}.*PNG|PNG.*{directory}"):
             tariq.cover_image(str(directory))
-    for mode, size in itertools.product(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), ((1, 2), (36, 36), (640, 480))):
-        Image.new(mode, size, int(mode == "P")).save(path, **({"transparency": 0} if mode == "P" else {}))
+    for mode, size in itertools.product(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+                                        ((1, 2), (36, 36), (640, 480))):
+        Image.new(mode, size, int(mode == "P")).save(path,
+                                                     **({"transparency": 0} if mode == "P" else {}))
         samples = tariq.cover_image(str(tmp_path))
         png = tariq.embed(samples, b"request")
         after = Image.open(io.BytesIO(png))
-        assert (after.mode, after.size) == ("RGB", (36, 36)) and tariq.extract(png).rstrip() == b"request"
-        assert all(a >> 1 == b >> 1 for a, b in zip(samples, after.tobytes())) and samples != after.tobytes()
+        assert (after.mode, after.size) == ("RGB", (36, 36)) \
+            and tariq.extract(png).rstrip() == b"request"
+        assert all(a >> 1 == b >> 1 for a, b in zip(samples, after.tobytes())) \
+            and samples != after.tobytes()
     for kind, size in (("JPEG", (50, 50)), ("PNG", (90, 90))):
         Image.new("RGB", size).save(made := io.BytesIO(), kind)
         files.append(made.getvalue())
@@ -771,12 +834,16 @@ def test_a_cover_is_any_png_of_which_only_the_lowest_bits_change_else_a_clear_er
 
 def test_requests_are_checked_word_by_word():
     good = {("O", "22"): ["O", "22/tcp"], ("C", "22/tcp", "53/udp"): ["C", "22/tcp", "53/udp"],
-            ("O", "65535"): ["O", "65535/tcp"], ("E", "ls", "-l", "--", "ä b"): ["E", "ls", "-l", "--", "ä b"]}
+            ("O", "65535"): ["O", "65535/tcp"],
+            ("E", "ls", "-l", "--", "ä b"): ["E", "ls", "-l", "--", "ä b"]}
     for words, result in good.items():
         assert tariq.command_of(list(words)) == result
-    bad = [["O"], ["X", "22"], ["O", "0"], ["O", "-1"], ["O", "65536"], ["O", "022"], ["O", "22/sctp"],
-           ["O", "22/tcp/tcp"], ["O", "٢٢"], ["O", "２２"], ["O", " 22"], ["O", "22\n"], ["O", ""], ["O", "1" * 5000],
-           ["O", "--help"], ["E"], ["E", "a\nb"], ["E", "a\x1b[2J"], ["E", "\ud800"], ["E", "a\0b"], ["E", "\u202e"],
+    bad = [["O"], ["X", "22"], ["O", "0"], ["O", "-1"], ["O", "65536"],
+           ["O", "022"], ["O", "22/sctp"],
+           ["O", "22/tcp/tcp"], ["O", "٢٢"], ["O", "２２"], ["O", " 22"], ["O", "22\n"], ["O", ""],
+           ["O", "1" * 5000],
+           ["O", "--help"], ["E"], ["E", "a\nb"], ["E", "a\x1b[2J"], ["E", "\ud800"],
+           ["E", "a\0b"], ["E", "\u202e"],
            [""], "O22", ("O", "22"), None]
     for words in bad:
         with pytest.raises(ValueError):
@@ -787,7 +854,8 @@ def test_requests_are_checked_word_by_word():
     ("O 22 80", ("O 80", "O 80 22"), ("O 8",)), ("O 22\nO 53/udp", ("O 22 53/udp",), ("O 53",)),
     ("", (), ("O 22", "E id")),
     ("E service httpd restart", ("E service httpd restart",),
-     ("E service httpd", "E service httpd stop", "E service httpd restart now", "E 'service httpd restart'")),
+     ("E service httpd", "E service httpd stop", "E service httpd restart now",
+      "E 'service httpd restart'")),
     ("E echo *", ("E echo", "E echo a b"), ("E echoes", "E /bin/echo a", "O 22")),
     ("E cp * /backup", ("E cp x /backup",), ("E cp x y /backup", "E cp /backup")),
     ("E cat /var/log/*", (), ("E cat /var/log/../../etc/shadow",)),
@@ -795,7 +863,8 @@ def test_requests_are_checked_word_by_word():
 def test_policy_permits_what_a_pattern_says_and_nothing_else(may, good, bad):
     for request in (*good, *bad):
         command = tariq.command_of(shlex.split(request))
-        assert (tariq.forbidden(tariq.parse("may", may), command) == "") is (request in good), request
+        assert (tariq.forbidden(tariq.parse("may", may),
+                                command) == "") is (request in good), request
 
 CONFIG = """[server]
 secret_ports = 10000,7456,22022,12121,10001
@@ -809,14 +878,16 @@ may =
     E echo *
 """
 PORTS_LINE = "secret_ports = 10000,7456,22022,12121,10001"
-SECRET, PRINT = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0ICEhISE=", "0123456789abcdef0123456789ABCDEF01234567"
+SECRET, PRINT = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0ICEhISE=", \
+    "0123456789abcdef0123456789ABCDEF01234567"
 
 def write_config(path, text=CONFIG):
     return write(path, text.replace("{secret}", SECRET).replace("{key}", PRINT), os.geteuid())
 
 def test_a_config_gives_checked_values_and_the_example_is_one_with_every_key(tmp_path):
     config = tariq.Config(write_config(tmp_path / "tariq.conf"))
-    assert config.get("secret_ports") == [10000, 7456, 22022, 12121, 10001] and len(config.get("secret")) == 32
+    assert config.get("secret_ports") == [10000, 7456, 22022, 12121, 10001] \
+        and len(config.get("secret")) == 32
     assert config.clients == {PRINT.upper(): "allow me@laptop"}
     assert config.get("may", ["allow me@laptop"]) == [["O", "22/tcp"], ["E", "echo", "*"]]
     assert config.get("open_timeout", ["allow me@laptop", "server"], 3600) == 3600
@@ -898,7 +969,8 @@ def test_every_fault_of_a_config_is_found_at_once(tmp_path):
 
 def test_a_file_that_is_no_ini_or_names_a_key_twice_is_refused_without_a_word_of_it(tmp_path):
     path = tmp_path / "tariq.conf"
-    for text in ("no section", f"[server]\nno value\n{SECRET}", "[a]\nx = 1\nx = 2\n", "[a]\n[a]\n", "\xff\xfe"):
+    for text in ("no section", f"[server]\nno value\n{SECRET}", "[a]\nx = 1\nx = 2\n",
+                 "[a]\n[a]\n", "\xff\xfe"):
         write(path, "", os.geteuid()).write_bytes(text.encode("latin-1"))
         with pytest.raises(tariq.Fault, match="is no INI file") as caught:
             tariq.Config(path)
@@ -910,7 +982,8 @@ def test_two_sections_with_one_key_are_both_faulty(tmp_path):
     config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
     assert set(config.faults) == {"allow me@laptop", "allow twin"}
     assert "that of [allow twin]" in config.faults["allow me@laptop"][0]
-    assert config.clients[PRINT.upper()] in config.faults and config.clients["0" * 40] == "allow third"
+    assert config.clients[PRINT.upper()] in config.faults \
+        and config.clients["0" * 40] == "allow third"
 
 # ---- nothing of a stranger's gets past one hash: fuzzing -----------------------------------------
 
@@ -933,10 +1006,13 @@ def packet_of(port, payload, version=4, udp=False, options=b"", flags=2):
     if udp:
         upper = ports + (8 + len(payload)).to_bytes(2, "big") + bytes(2) + payload
     else:
-        upper = ports + bytes(8) + bytes([(5 + len(options) // 4) << 4, flags]) + bytes(6) + options + payload
+        upper = ports + bytes(8) + bytes([(5 + len(options) // 4) << 4,
+                                          flags]) + bytes(6) + options + payload
     if version == 6:
-        return b"\x60\0\0\0" + len(upper).to_bytes(2, "big") + protocol + b"\x40" + bytes(32) + upper
-    return b"\x45\0" + (20 + len(upper)).to_bytes(2, "big") + bytes(5) + protocol + bytes(10) + upper
+        return b"\x60\0\0\0" + len(upper).to_bytes(2,
+                                                   "big") + protocol + b"\x40" + bytes(32) + upper
+    return b"\x45\0" + (20 + len(upper)).to_bytes(2,
+                                                  "big") + bytes(5) + protocol + bytes(10) + upper
 
 def test_the_gate_passes_a_frame_once_and_at_its_own_port_only(monkeypatch):
     listener = bare_listener()
@@ -944,8 +1020,10 @@ def test_the_gate_passes_a_frame_once_and_at_its_own_port_only(monkeypatch):
         data, own = bytes([position]) + b"i" * 12 + b"piece", PORTS[min(position, 4)]
         for port in PORTS:
             if port != own:
-                assert listener.gate(packet_of(port, make_frame(KEY, b"knock", data), version, udp), LINK) is None
-        packet = packet_of(own, make_frame(KEY, b"knock", data), version, udp, options=b"\x02\x04\x05\xb4")
+                assert listener.gate(packet_of(port, make_frame(KEY, b"knock", data), version,
+                                               udp), LINK) is None
+        packet = packet_of(own, make_frame(KEY, b"knock", data), version, udp,
+                           options=b"\x02\x04\x05\xb4")
         assert listener.gate(packet, LINK)[:3] == (position, b"i" * 12, b"piece")
         assert listener.gate(packet, LINK) is None, "the same bytes twice are a replay"
 
@@ -953,13 +1031,16 @@ def test_frames_from_before_the_listener_began_or_of_another_minute_are_refused(
     listener, now = bare_listener(), time.time()
     monkeypatch.setattr(tariq.time, "time", lambda: now)  # it stands still, also for make_frame
     def passes(age):
-        return bool(listener.gate(packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13, age)), LINK))
+        return bool(listener.gate(packet_of(1000,
+                                            make_frame(KEY, b"knock",
+                                                       b"\0" + b"i" * 13, age)), LINK))
     for age, good in ((58, True), (-58, True), (62, False), (-62, False), (3600, False)):
         assert passes(age) is good, age
     listener.began = now
     for age, good in ((0.01, False), (30, False), (-5, True)):
         assert passes(age) is good, age
-    monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)  # the clock was put back: knocks go on working
+    # the clock was put back: knocks go on working
+    monkeypatch.setattr(tariq.time, "time", lambda: now - 3600)
     assert passes(0)
 
 def test_the_replay_memory_is_bounded_and_forgets_the_oldest(monkeypatch):
@@ -967,19 +1048,33 @@ def test_the_replay_memory_is_bounded_and_forgets_the_oldest(monkeypatch):
     listener = bare_listener()
     packets = [packet_of(1000, make_frame(KEY, b"knock", b"\0" + b"i" * 13)) for _ in range(8)]
     assert all(listener.gate(packet, LINK) for packet in packets) and len(listener.seen) == 5
-    assert [bool(listener.gate(packet, LINK)) for packet in packets[:2:-1]] == [False] * 5, "the newest are known"
+    assert [bool(listener.gate(packet, LINK)) for packet in packets[:2:-1]] == [False] * 5, \
+        "the newest are known"
+
+def test_a_nonce_that_is_another_knocks_id_does_not_end_that_knock(monkeypatch):
+    """Both have twelve bytes; who has the secret chooses his nonces."""
+    listener, knock_id = bare_listener(), os.urandom(12)
+    monkeypatch.setattr(listener, "serve", lambda *_: None)
+    assert listener.remember(knock_id)
+    for place in range(5):
+        packet = tariq.Packet(b"new1", b"", 1, PORTS[place], b"", b"", LINK)
+        listener.collect(place, knock_id, b"piece", packet)
+    assert list(listener.knocks) == [knock_id]
 
 def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
     """Random, truncated and mutated packets before the tag."""
     chance, listener = random.Random(1), bare_listener()
-    good = [packet_of(PORTS[place], make_frame(KEY, b"knock", bytes([place]) + bytes(12 + size)), version, udp)
-            for place in range(5) for size in (1, 40, 900) for version in (4, 6) for udp in (False, True)]
+    good = [packet_of(PORTS[place],
+                      make_frame(KEY, b"knock", bytes([place]) + bytes(12 + size)), version, udp)
+            for place in range(5) for size in (1, 40, 900) for version in (4,
+                    6) for udp in (False, True)]
     for case in range(CASES):
         packet = bytearray(chance.choice(good))
         if case % 4 == 0:
             packet = chance.randbytes(chance.randrange(0, 200))
         elif case % 4 == 1:
-            packet = packet_of(chance.choice(PORTS), chance.randbytes(chance.randrange(0, 300)), chance.choice((4, 6)),
+            packet = packet_of(chance.choice(PORTS), chance.randbytes(chance.randrange(0, 300)),
+                               chance.choice((4, 6)),
                                chance.random() < 0.5, flags=chance.choice((2, 0x10, 0x18, 0x12)))
         elif case % 4 == 2:
             packet = packet[:chance.randrange(len(packet))]
@@ -987,7 +1082,8 @@ def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
                 packet[chance.randrange(len(packet))] = chance.randrange(256)
         else:  # at least one bit of what the tag covers
             at, protocol = (40, packet[6]) if packet[0] >> 4 == 6 else (20, packet[9])
-            packet[chance.randrange(at + (8 if protocol == 17 else 20), len(packet))] ^= 1 << chance.randrange(8)
+            packet[chance.randrange(at + (8 if protocol == 17 else 20),
+                                    len(packet))] ^= 1 << chance.randrange(8)
         assert listener.gate(bytes(packet), LINK) is None, packet.hex()
     assert not listener.seen and not listener.knocks and not listener.partial and not listener.told
 
@@ -999,7 +1095,8 @@ def test_whatever_length_a_header_claims_an_authentic_packet_is_answered():
         assert tariq.respond(tariq.split(bytes(packet), LINK), b"reply").endswith(b"reply")
 
 def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypatch):
-    """After the tag: frames of every length with random contents, through gate and reassembly; no gpg is run."""
+    """After the tag: frames of every length with random contents, through gate and reassembly; no
+    gpg is run."""
     chance, listener, served = random.Random(2), bare_listener(), []
     monkeypatch.setattr(tariq, "SEEN_MAX", 1000)
     monkeypatch.setattr(listener, "serve", lambda knock_id, knock: served.append(knock_id))
@@ -1009,10 +1106,12 @@ def test_what_holders_of_the_secret_send_raises_nothing_and_is_bounded(monkeypat
         if case % 2 and len(data) > 13:
             data = data[:1] + b"constant id%d" % (case % 50 // 10) + data[13:]
         frame = make_frame(KEY, b"knock", data)
-        packet = packet_of(chance.choice(PORTS), frame, chance.choice((4, 6)), chance.random() < 0.5)
+        packet = packet_of(chance.choice(PORTS), frame, chance.choice((4, 6)),
+                           chance.random() < 0.5)
         if passed := listener.gate(packet, LINK):
             listener.collect(*passed)
-        assert len(listener.knocks) <= 512 and len(listener.partial) <= 512 and len(listener.seen) <= 1000
+        assert len(listener.knocks) <= 512 and len(listener.partial) <= 512 \
+            and len(listener.seen) <= 1000
     assert served, "some were whole"
 
 def test_knocks_are_bounded_in_all_and_by_address_and_answered_ones_do_not_count(monkeypatch):
@@ -1043,9 +1142,12 @@ def test_hostile_images_are_refused():
     from PIL import Image
     chance, good, rows = random.Random(3), make_png(b"{}" * 100), bytes(36 * 109)
     text_bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))
-    images = [png_of(60000, 60000, 8, 2, bytes(1000)), png_of(36, 36, 16, 2, bytes(36 * (1 + 36 * 6))),
-              png_of(36, 36, 8, 3, bytes(36 * 37)), png_of(36, 36, 8, 2, b""), png_of(36, 36, 8, 2, bytes(10)),
-              png_of(36, 36, 8, 6, bytes(36 * 145)), png_of(0, 0, 8, 2, b""), png_of(36, 36, 8, 2, rows, text_bomb),
+    images = [png_of(60000, 60000, 8, 2, bytes(1000)),
+              png_of(36, 36, 16, 2, bytes(36 * (1 + 36 * 6))),
+              png_of(36, 36, 8, 3, bytes(36 * 37)), png_of(36, 36, 8, 2, b""),
+              png_of(36, 36, 8, 2, bytes(10)),
+              png_of(36, 36, 8, 6, bytes(36 * 145)), png_of(0, 0, 8, 2, b""),
+              png_of(36, 36, 8, 2, rows, text_bomb),
               png_of(36, 36, 8, 2, b"\xff" * len(rows)), png_of(2**31 - 1, 1, 8, 2, b""),
               png_of(36, 36, 8, 2, rows, interlace=1)]
     for case in range(CASES // 20):
@@ -1058,29 +1160,35 @@ def test_hostile_images_are_refused():
         with suppress(Exception):
             sizes.add(len(tariq.extract(image)))
     assert sizes <= {486}
-    for mode, size in (("RGB", (35, 36)), ("RGB", (400, 400)), ("P", (36, 36)), ("RGBA", (36, 36)), ("L", (36, 36))):
+    for mode, size in (("RGB", (35, 36)), ("RGB", (400, 400)), ("P", (36, 36)),
+                       ("RGBA", (36, 36)), ("L", (36, 36))):
         Image.new(mode, size).save(output := io.BytesIO(), "PNG")
         with pytest.raises(ValueError):
             tariq.extract(output.getvalue())
 
 def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
-    """Mutated, truncated, unsigned, doubly signed, bombs, symmetric, signed only: each a Fault, never a plaintext."""
+    """Mutated, truncated, unsigned, doubly signed, bombs, symmetric, signed only: each a Fault,
+    never a plaintext."""
     def made(data, *arguments, **options):
         return gpg(home, *arguments, input=data, text=False, **options).stdout
     monkeypatch.setattr(tariq, "UNSEAL_TIME", LONG)  # so that none is refused for a slow machine
     home, chance, yesterday = world.lab.dir / "hostile", random.Random(4), at_time(-86400)
     home.mkdir(0o700)
-    one, two = (generate(home, user, "future-default", *yesterday) for user in ("one@example.com", "two@example.com"))
+    one, two = (generate(home, user, "future-default", *yesterday) for user in ("one@example.com",
+                                                                                "two@example.com"))
     signed = "-u", one, "-r", two, "-s", "-e"
     sealed = tariq.seal(str(home), b"plain" * 100, one, two)
     bomb = made(bytes(8_000_000), *signed, "--compress-algo", "bzip2")
     assert len(bomb) < 2000, "a bomb that fits a knock"
     flips = [(number, 1 << chance.randrange(8)) for number in chance.sample(range(len(sealed)), 40)]
-    hostile = [made(b"x", "-r", two, "-e"), made(b"x", "-u", one, "-s"), made(b"x", "--store"), b"", bomb,
-               made(b"x", "--clearsign"), made(b"x", "-u", two, *signed), sealed + sealed, made(b"x" * 8193, *signed),
+    hostile = [made(b"x", "-r", two, "-e"), made(b"x", "-u", one, "-s"),
+               made(b"x", "--store"), b"", bomb,
+               made(b"x", "--clearsign"), made(b"x", "-u", two, *signed), sealed + sealed,
+               made(b"x" * 8193, *signed),
                made(b"x", "--passphrase", "x", "--symmetric"), made(b"x", *at_time(-700), *signed),
                *(sealed[:size] for size in chance.sample(range(len(sealed)), 20)),
-               *(sealed[:place] + bytes([sealed[place] ^ bit]) + sealed[place + 1:] for place, bit in flips)]
+               *(sealed[:place] + bytes([sealed[place] ^ bit]) + sealed[place + 1:]
+                 for place, bit in flips)]
     for message in hostile:
         with pytest.raises(tariq.Fault):
             tariq.unseal(str(home), message, two)
@@ -1090,7 +1198,8 @@ def test_hostile_openpgp_is_refused_within_bounds(world, monkeypatch):
     for message, plain in ((sealed, b"plain" * 100), (late, b"x"), (by_subkey, b"x")):
         assert tariq.unseal(str(home), message, two) == (one, plain)
     packets = made(sealed, "--list-packets", check=False)
-    assert b"keyid 0000000000000000" in packets and one[-16:].encode() not in packets.split(b":encrypted")[0], "hidden"
+    assert b"keyid 0000000000000000" in packets \
+        and one[-16:].encode() not in packets.split(b":encrypted")[0], "hidden"
     sh("gpgconf", "--homedir", home, "--kill", "gpg-agent")
 
 @pytest.mark.parametrize("prefix", ["x", "[GNUPG:]"])
@@ -1111,27 +1220,36 @@ def test_a_file_name_that_looks_like_gpgs_status_lines_proves_nothing(world, pre
 # ---- both sides prove who they are: the exchange, spoken by the peer -----------------------------
 
 def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(live):
-    """Replies are under a key that only who unsealed the request has: nothing under K or with another label is one."""
+    """Replies are under a key that only who unsealed the request has: nothing under K or with
+    another label is one."""
     peer = Peer(live, "O", "22/tcp").seal()
     peer.send(peer.frames())
     payload = peer.socket.recv(2048)
     challenge = open_frame(peer.reply_key, b"challenge", payload)
-    assert challenge[34:].decode() == live.client.ip and open_frame(peer.K, b"challenge", payload) is None
-    assert open_frame(peer.K, b"result", payload) is open_frame(peer.reply_key, b"result", payload) is None
+    assert challenge[34:].decode() == live.client.ip \
+        and open_frame(peer.K, b"challenge", payload) is None
+    assert open_frame(peer.K, b"result", payload) is open_frame(peer.reply_key,
+                                                                b"result", payload) is None
     peer.answer(challenge[:32])
     result = peer.hear(b"result")
-    assert result[:2] == b"\x01\x00" and result[2:].decode().startswith(f"opened tcp/22 for {live.client.ip} until ")
+    assert result[:2] == b"\x01\x00" \
+        and result[2:].decode().startswith(f"opened tcp/22 for {live.client.ip} until ")
     assert len(live.server.rules()) == 1
     assert Peer(live, "E", "echo", "hi").knock() == b"\x01\x00hi\n"
     assert Peer(live, "O", "23/tcp").knock()[:2] == b"\x00\x4d"
 
-def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repeats_start_no_gpg(live):
+def test_signed_but_hostile_requests_are_refused_and_the_server_goes_on_and_repeats_start_no_gpg(
+        live):
     good = Peer(live).request
-    changes = [{"to": good["to"].lower()}, {"to": None}, {"to": "0" * 40}, {"k": "00" * 32}, {"k": None},
-               {"k": "00" * 65}, {"cmd": None}, {"cmd": []}, {"cmd": "Eid"}, {"cmd": ["O", 22]}, {"cmd": ["O", ["22"]]},
+    changes = [{"to": good["to"].lower()}, {"to": None}, {"to": "0" * 40},
+               {"k": "00" * 32}, {"k": None},
+               {"k": "00" * 65}, {"cmd": None}, {"cmd": []}, {"cmd": "Eid"}, {"cmd": ["O", 22]},
+               {"cmd": ["O", ["22"]]},
                {"cmd": ["E", "a\nb"]}]
-    hostile = [b"", b"null", b"[]", b"{}", b"1", b"\xff\xfe", b"[" * 484, b'{"a":' * 90, b"9" * 484, b"NaN",
-               b'{"to":"\\ud800"}', *(json.dumps({**good, **change}).encode() for change in changes)]
+    hostile = [b"", b"null", b"[]", b"{}", b"1", b"\xff\xfe", b"[" * 484, b'{"a":' * 90,
+               b"9" * 484, b"NaN",
+               b'{"to":"\\ud800"}', *(json.dumps({**good,
+                                                  **change}).encode() for change in changes)]
     for png in (*map(make_png, random.Random(5).sample(hostile, 12)), b"x" * 4000):
         peer, before = Peer(live).seal(png), live.tariq.log.count("knock refused")
         peer.send(peer.frames())
@@ -1160,10 +1278,12 @@ def test_a_wrong_answer_opens_nothing_and_the_right_one_still_does(live):
     assert peer.hear(b"result")[:1] == b"\x01" and len(live.server.rules()) == 1
     again = live.tariq.log.count(": opened")
     peer.answer(nonce)
-    assert peer.hear(b"result")[:1] == b"\x01" and live.tariq.log.count(": opened") == again, "said, not done again"
+    assert peer.hear(b"result")[:1] == b"\x01" and live.tariq.log.count(": opened") == again, \
+        "said, not done again"
 
 def test_the_first_last_fragment_says_whose_knock_it_is(live):
-    """A sniffer who has the secret sends the last fragment again, from his address, while the knock is collected."""
+    """A sniffer who has the secret sends the last fragment again, from his address, while the knock
+    is collected."""
     peer, thief = Peer(live).seal(), Peer(live, host=live.other)
     *first, last = peer.frames()
     for sender, frames in ((peer, [last]), (thief, [peer.frames()[-1]]), (peer, first)):
@@ -1174,7 +1294,8 @@ def test_the_first_last_fragment_says_whose_knock_it_is(live):
     assert peer.hear(b"challenge", 0, thief.socket) is None
 
 def test_an_old_request_in_new_frames_and_one_of_another_knock_or_server_are_refused(live):
-    old = Peer(live, conf=second_client(live, "aged", algorithm="future-default", options=at_time(-86400)))
+    old = Peer(live, conf=second_client(live, "aged", algorithm="future-default",
+                                        options=at_time(-86400)))
     then = *at_time(-660), "--ignore-time-conflict", "--ignore-valid-from"
     old.seal(None, *then, "-u", f"<{old.user}>", "-s", "-e").send(old.frames())
     wait_for(lambda: re.search("signed it 6[6-9]. s ago", live.tariq.log), "it is not refused")
@@ -1217,7 +1338,8 @@ def test_a_result_is_repeated_for_ten_seconds_to_whoever_asks_again_and_not_afte
 
 @pytest.fixture
 def strict(restored):
-    """The world with a running server of its own, whose gpg has no more time than Tariq gives it."""
+    """The world with a running server of its own, whose gpg has no more time than Tariq gives
+    it."""
     world = SimpleNamespace(**vars(restored))
     if restored.tariq:
         assert restored.tariq.stop() == 0
@@ -1227,8 +1349,10 @@ def strict(restored):
         yield world
 
 def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(strict):
-    """Unsigned, from a holder of the secret: encrypted to the server with its public key, which each client has."""
-    literal = bz2.compress(b"\xafb\0" + bytes(100_000_000))  # of indeterminate length (RFC 4880, 4.2.1)
+    """Unsigned, from a holder of the secret: encrypted to the server with its public key, which
+    each client has."""
+    # of indeterminate length (RFC 4880, 4.2.1)
+    literal = bz2.compress(b"\xafb\0" + bytes(100_000_000))
     # Its second block, 46 MB of zeros, 3,000 times: minutes of gpg on any machine.
     bits, block = f"{int.from_bytes(literal, 'big'):0{8 * len(literal)}b}", f"{0x314159265359:048b}"
     head, first, second, *_ = bits.split(block)
@@ -1241,14 +1365,16 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(str
     for attacker in attackers:
         attacker.sealed = sealed
         attacker.send(attacker.frames())
-    # A second may be too little beside four of them; then somebody who knows what he wants knocks again.
+    # A second may be too little beside four of them; then somebody who knows what he wants knocks
+    # again.
     wait_for(lambda: knock(strict, timeout=10).returncode == 0, "nobody gets in")
     refused = f"{strict.other.ip}: knock refused: "
     wait_for(lambda: strict.tariq.log.count(refused) >= 12, "the bombs are not over")
     ended = re.findall(f"{refused}.*not done in {tariq.UNSEAL_TIME} s", strict.tariq.log)
     assert len(ended) >= 12 and strict.tariq.process.poll() is None, "each was ended at its time"
     before, noisy = strict.tariq.log.count(refused), Peer(strict, host=strict.other)
-    signature = b"\x88\x1d" + bytes.fromhex("040001080006 050200000001 000a 0910 0123456789abcdef 0000 0008 80")
+    signature = b"\x88\x1d" + bytes.fromhex(
+        "040001080006 050200000001 000a 0910 0123456789abcdef 0000 0008 80")
     noisy.sealed = b"\xa3\x02" + zlib.compress(signature * 700)  # each has a line in gpg's words
     noisy.send(noisy.frames())
     wait_for(lambda: strict.tariq.log.count(refused) > before, "the refusal is not logged")
@@ -1259,14 +1385,16 @@ def test_a_bomb_of_nested_compression_is_worth_a_second_and_keeps_nobody_out(str
 def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_sees_nothing(live):
     def scan():
         """Every port of the server, as nmap on a third host sees it."""
-        report = live.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000", "--max-retries", "0",
+        report = live.other.run("nmap", "-n", "-Pn", "-sS", "-p-", "--min-rate", "30000",
+                                "--max-retries", "0",
                                "-oG", "-", live.server.ip).stdout
         assert "Ports:" not in report or "/open/" not in report and "/closed/" not in report, report
     scan()
     assert not live.client.connects(live.server.ip)
     done = knock(live)
     assert done.returncode == 0 and done.stderr == ""
-    assert re.fullmatch(rf"opened tcp/22 on box for {live.client.ip} until \d\d:\d\d:\d\dZ\n", done.stdout)
+    assert re.fullmatch(rf"opened tcp/22 on box for {live.client.ip} until \d\d:\d\d:\d\dZ\n",
+                        done.stdout)
     assert live.client.connects(live.server.ip) and not live.other.connects(live.server.ip)
     scan()
     assert opens(live, "C", "22") == f"closed tcp/22 on box for {live.client.ip}\n"
@@ -1275,7 +1403,8 @@ def test_an_unprivileged_knock_opens_the_port_for_its_address_alone_and_nmap_see
 @pytest.mark.parametrize("where", ["box", "box6"])
 @pytest.mark.parametrize("transport", ["kernel", "udp", "crafted"])
 def test_all_transports_knock_over_both_families(live, transport, where):
-    address, own = (live.server.ip, live.client.ip) if where == "box" else (live.server.ip6, live.client.ip6)
+    address, own = (live.server.ip,
+                    live.client.ip) if where == "box" else (live.server.ip6, live.client.ip6)
     done = knock(live, where=where, transport=transport, options=["-v"])
     assert f"opened tcp/22 on {where} for {own} until" in done.stdout, done.stderr + live.tariq.log
     assert f"by {transport}" in done.stderr
@@ -1309,32 +1438,39 @@ def test_hosts_are_names_aliases_or_literal_addresses(live):
 def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(live):
     assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(live, "O", "22", "8022", "53/udp")
     rules = live.server.rules()
-    assert len(rules) == 3 and all(f"-s {live.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
+    assert len(rules) == 3 \
+        and all(f"-s {live.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
     assert sum("-p udp" in rule and "--dport 53 " in rule for rule in rules) == 1
     time.sleep(1.1)
     opens(live, "O", "22", "53/udp")
     renewed = live.server.rules()
-    assert len(renewed) == 3 and renewed != rules, "the deadline is renewed, the rule is not doubled"
+    assert len(renewed) == 3 and renewed != rules, \
+        "the deadline is renewed, the rule is not doubled"
     opens(live, "C", "22", "53/udp", "8022")
     assert live.server.rules() == []
     assert "tcp/22 was shut already" in opens(live, "C", "22")
     before = live.tariq.log.count("+ iptables -w 5 -A")
     assert "opened tcp/22 on box" in opens(live, "O", "22", "22/tcp", "22")
-    assert live.tariq.log.count("+ iptables -w 5 -A") == before + 1, "a port that is named twice is one door"
+    assert live.tariq.log.count("+ iptables -w 5 -A") == before + 1, \
+        "a port that is named twice is one door"
 
 def test_commands_run_as_root_without_a_shell_and_their_status_comes_back(live):
     assert opens(live, "E", "id", "-u") == "0\n"
     words = "$(id) `id`; id | cat > /tmp/x && * 'quoted' -n --".split()
     assert opens(live, "E", "echo", *words) == " ".join(words) + "\n"
-    for words, status, said in ((["false"], 1, ""), (["sh", "-c", "echo out; echo err >&2; exit 7"], 7, "out\nerr\n"),
-                                (["sh", "-c", "kill -9 $$"], 137, ""), (["nonexistent-program"], 127, "No such file")):
+    for words, status, said in ((["false"], 1, ""),
+                                (["sh", "-c", "echo out; echo err >&2; exit 7"], 7, "out\nerr\n"),
+                                (["sh", "-c", "kill -9 $$"], 137, ""),
+                                (["nonexistent-program"], 127, "No such file")):
         done = knock(live, "E", *words)
         assert done.returncode == status and said in done.stdout, done
     environment = opens(live, "E", "sh", "-c", "env; pwd; cat; echo $TZ")  # with an empty stdin
-    assert environment.count("\n") <= 9 and "hunter2" not in environment and environment.endswith("/\n\n")
+    assert environment.count("\n") <= 9 and "hunter2" not in environment \
+        and environment.endswith("/\n\n")
 
 def nap_of_our_own():
-    """A `sleep` of an hour that no other test's looks like, nor one beside this run: pgrep sees all."""
+    """A `sleep` of an hour that no other test's looks like, nor one beside this run: pgrep sees
+    all."""
     return f"sleep {3600 + next(Lab.count)}.{os.getpid()}"
 
 def napping(world, nap):
@@ -1351,7 +1487,8 @@ def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_do
     assert knock(live, "E", "sh", "-c", f"trap '' TERM; {nap} & {nap}; true").returncode == 137
     wait_for(lambda: not napping(live, nap), "its children stay")
     assert opens(live, "E", "head", "-c", "100000", "/dev/zero") == "\0" * 1164
-    assert opens(live, "E", "sh", "-c", "sleep 30 & echo started") == "started\n", "what it leaves behind holds the pipe"
+    assert opens(live, "E", "sh", "-c", "sleep 30 & echo started") == "started\n", \
+        "what it leaves behind holds the pipe"
 
 def test_sixteen_commands_run_at_once_and_doors_open_meanwhile(idle):
     os.mkfifo(gate := idle.lab.new("gate"))  # who opens it to read waits for somebody who writes
@@ -1384,13 +1521,17 @@ def test_unknown_expired_and_revoked_keys_get_silence(live):
         "expired", "revoked"))
     for path in (unknown, late, gone):
         opens(live, conf=path), opens(live, "C", "22", conf=path)
-    ids = {path: fingerprint(path.parent / "gpg", f"{path.parent.name}@example.com") for path in (unknown, late, gone)}
+    ids = {path: fingerprint(path.parent / "gpg",
+                             f"{path.parent.name}@example.com") for path in (unknown, late, gone)}
     gpg(live.ring, "--delete-keys", ids[unknown])  # though still in [allow]
     gpg(late.parent / "gpg", "--quick-set-expire", ids[late], "seconds=1")
-    gpg(live.ring, "--import", input=gpg(late.parent / "gpg", "--armor", "--export", ids[late]).stdout)
-    time.sleep(1)  # the client's own copy is good again, by a later signature: else its gpg would refuse to sign
+    gpg(live.ring, "--import",
+        input=gpg(late.parent / "gpg", "--armor", "--export", ids[late]).stdout)
+    # the client's own copy is good again, by a later signature: else its gpg would refuse to sign
+    time.sleep(1)
     gpg(late.parent / "gpg", "--quick-set-expire", ids[late], "0")
-    certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{ids[gone]}.rev").read_text()  # gpg makes one for each
+    # gpg makes one for each
+    certificate = (gone.parent / "gpg" / "openpgp-revocs.d" / f"{ids[gone]}.rev").read_text()
     gpg(live.ring, "--import", input=certificate.replace(":-----BEGIN", "-----BEGIN"))
     time.sleep(1.5)
     not_there = f"{ids[unknown][-16:]}, or a new subkey of it is not in the server's keyring"
@@ -1416,7 +1557,8 @@ def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(live):
     opens(live, *words, conf=conf)  # which of the two is whose is their fault alone
     assert all(f"[{name}] key is that of" in live.tariq.log for name in ("allow twin",
         "allow other"))
-    for owner, mode in (*((0, mode) for mode in (0o644, 0o640, 0o604, 0o620, 0o666)), (NOBODY, 0o600)):
+    for owner, mode in (*((0, mode) for mode in (0o644, 0o640, 0o604, 0o620,
+                                                 0o666)), (NOBODY, 0o600)):
         log = live.tariq.log
         write(live.conf, text.replace("O 8022", "O 1"), owner,
             mode)  # root obeys a file that is its own alone
@@ -1428,10 +1570,12 @@ def test_policy_is_read_afresh_and_a_removed_section_is_a_removed_client(live):
     fails(live, REFUSED, "may not O 8022/tcp", *words, conf=conf)
     assert live.server.rules() == []
 
-OWN = "socket.socket.getsockname = lambda _: ({!r},)\n"  # what the client's kernel says of its address
+# what the client's kernel says of its address
+OWN = "socket.socket.getsockname = lambda _: ({!r},)\n"
 
 def test_a_relayed_knock_is_noticed_by_a_client_that_knows_its_address(live):
-    """By a man in the middle, from his own address, which the challenge names. Behind NAT nobody can know."""
+    """By a man in the middle, from his own address, which the challenge names. Behind NAT nobody
+    can know."""
     fails(live, 76, f"The server sees {live.client.ip}, ", change=OWN.format("64:ff9b::cb00:714d"))
     fails(live, 76, f"--address {live.client.ip}", change=OWN.format("64:ff9b::cb00:714d"))
     assert live.server.rules() == []
@@ -1466,7 +1610,8 @@ def test_rsa_keys_fit_their_packets(live, algorithm):
     with captured(live.server) as packets:
         assert "opened tcp/22" in opens(live, conf=conf)
         assert len(opens(live, "E", "head", "-c", "3000", "/dev/zero", conf=conf)) == 1164
-    assert 1200 < max(len(packet.frame) for packet in packets) <= 1280 + 14, "what IPv6's least MTU takes"
+    assert 1200 < max(len(packet.frame) for packet in packets) <= 1280 + 14, \
+        "what IPv6's least MTU takes"
 
 def test_an_rsa_4096_server_with_an_rsa_4096_client(idle):
     ring = idle.lab.dir / "rsa-ring"
@@ -1488,7 +1633,8 @@ def test_random_data_on_the_right_ports_draws_nothing_not_even_icmp(live):
     link = link_header(live.client, live.server)
     with captured(live.server) as packets:
         for size in (1, 40, 46, 900, 898, 1160):
-            inject(live.client, [garbage_syn(link, live.client.ip, live.server.ip, port, size) for port in live.ports], 20)
+            inject(live.client, [garbage_syn(link, live.client.ip, live.server.ip, port,
+                                             size) for port in live.ports], 20)
             for number in range(200):
                 noise.sendto(os.urandom(size), (live.server.ip, live.ports[number % 5]))
             wait_for(lambda: waiting(live.tariq.listener) == 0, "the listener reads nothing")
@@ -1504,27 +1650,35 @@ def test_payloads_of_fifty_exchanges_look_random_and_carry_no_markers(live):
     with captured(live.server) as packets:
         for turn in range(50):
             opens(live, "O" if turn % 2 else "C", "22", transport=("kernel", "udp")[turn % 2])
-    # A kernel that has to wait sends its segment again, at the same place of the same connection: that counts once.
-    payloads = [payload for _, payload in {(each.frame[34:42] if each.frame[23] == 6 else each.time, each.payload)
+    # A kernel that has to wait sends its segment again, at the same place of the same connection:
+    # that counts once.
+    payloads = [payload for _,
+                payload in {(each.frame[34:42] if each.frame[23] == 6 else each.time, each.payload)
                 for each in packets if each.payload and {each.source, each.port} & set(live.ports)}]
     assert len(payloads) >= 50 * 8 and len(set(payloads)) == len(payloads), "no two are alike"
     everything = b"".join(payloads)
-    for marker in (b"\x89PNG", b"IHDR", b"IDAT", b"IEND", b"-----BEGIN", b"OpenPGP", b"example", b"laptop"):
+    for marker in (b"\x89PNG", b"IHDR", b"IDAT", b"IEND", b"-----BEGIN", b"OpenPGP",
+                   b"example", b"laptop"):
         assert marker not in everything
 
-    # Byte frequencies: chi-square, 255 degrees of freedom: mean 255, standard deviation 22.6; 6 of those are 1 in 1e8.
+    # Byte frequencies: chi-square, 255 degrees of freedom: mean 255, standard deviation 22.6; 6 of
+    # those are 1 in 1e8.
     expected = len(everything) / 256
-    chi_square = sum((everything.count(bytes([value])) - expected) ** 2 / expected for value in range(256))
+    chi_square = sum((everything.count(bytes([value])) - expected) ** 2 / expected
+                     for value in range(256))
     assert chi_square < 255 + 6 * 22.6
-    # Position by position too: a fixed header, key id or length anywhere would show in the first or last bytes.
+    # Position by position too: a fixed header, key id or length anywhere would show in the first or
+    # last bytes.
     for place in (*range(40), *range(-8, 0)):
         column = [payload[place] for payload in payloads]
-        assert max(column.count(value) for value in set(column)) < 18, "400 random bytes have hardly ever 18 of a kind"
+        assert max(column.count(value) for value in set(column)) < 18, \
+            "400 random bytes have hardly ever 18 of a kind"
 
 @pytest.mark.parametrize("where", ["box", "box6"])
 @pytest.mark.parametrize("transport", ["kernel", "udp"])
 def test_replies_look_like_linuxs_own(live, where, transport):
-    """DF and a zero id in SYN-ACK and UDP, a random id in the connection; Linux's options, windows, flow label."""
+    """DF and a zero id in SYN-ACK and UDP, a random id in the connection; Linux's options, windows,
+    flow label."""
     six = where == "box6"
     with captured(live.server, outgoing=True) as packets:
         once = f"tariq.WAIT = {LONG}"  # no repeats
@@ -1552,18 +1706,23 @@ def test_a_crafted_syn_looks_like_linuxs_with_a_fast_open_cookie(live, where):
     for transport in ("kernel", "crafted"):
         with captured(live.client, outgoing=True) as packets:
             opens(live, "C", "22", where=where, transport=transport)
-        syns[transport] = [packet.frame[14:] for packet in packets if packet.payload and packet.flags == 2]
+        syns[transport] = [packet.frame[14:] for packet in packets if packet.payload
+                           and packet.flags == 2]
         ids = {syn[4:6] for syn in syns[transport]}
-        assert six or len(ids - {b"\0\0"}) >= 4, f"{transport}: a connection's packets have a random id"
+        assert six or len(ids - {b"\0\0"}) >= 4, \
+            f"{transport}: a connection's packets have a random id"
     tcps = [syn[40 if six else 20:] for syn in syns["crafted"]]
     mss = (1440 if six else 1460).to_bytes(2, "big")
     for tcp in tcps:
         options = tcp[20:(tcp[12] >> 4) * 4]
-        assert options[:14] == b"\2\4" + mss + b"\1\1\4\2\1\3\3\7\x22\x0a" and options[22:] == b"\1\1"
-    assert len({tcp[34:42] for tcp in tcps}) == len(tcps) >= 5, "RFC 7413: a cookie is of 8 bytes here, no two alike"
+        assert options[:14] == b"\2\4" + mss + b"\1\1\4\2\1\3\3\7\x22\x0a" \
+            and options[22:] == b"\1\1"
+    assert len({tcp[34:42] for tcp in tcps}) == len(tcps) >= 5, \
+        "RFC 7413: a cookie is of 8 bytes here, no two alike"
 
 def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(live):
-    """Somebody with the shared secret and no key: knocks that are whole and authentic and carry junk."""
+    """Somebody with the shared secret and no key: knocks that are whole and authentic and carry
+    junk."""
     before, stop, sent = rss(live.tariq.listener), threading.Event(), []
     insider = Peer(live, host=live.other)
     def flood():
@@ -1571,7 +1730,8 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(live):
             insider.sealed, knock_id = os.urandom(4250), os.urandom(12)
             frames = insider.frames(knock_id=knock_id)
             if len(sent) % 2:  # at the wrong ports
-                frames = [(port, frame) for (port, _), (_, frame) in zip(frames, frames[1:] + frames[:1])]
+                frames = [(port, frame) for (port, _),
+                          (_, frame) in zip(frames, frames[1:] + frames[:1])]
             insider.send(frames)
             sent.append(knock_id)
     with ThreadPoolExecutor(1) as pool:
@@ -1585,7 +1745,8 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(live):
             stop.set()
     assert not select.select([insider.socket], [], [], 0)[0], "no packet came to the insider"
     # Its memory of 65,536 frames is 15 MB, as full as time lets it become.
-    assert live.server.rules()[0].count(live.client.ip) == 1 and rss(live.tariq.listener) - before < 20 + 15, "MB"
+    assert live.server.rules()[0].count(live.client.ip) == 1 \
+        and rss(live.tariq.listener) - before < 20 + 15, "MB"
 
 # ---- disorder, duplicates, NAT, tunnels, several at once -----------------------------------------
 
@@ -1593,7 +1754,8 @@ def test_the_secret_alone_gets_no_answer_and_starves_nobody_else(live):
 def test_fragments_may_arrive_in_any_order_and_more_than_once(live, order):
     peer = Peer(live).seal()
     frames = peer.frames()
-    sent = {"reversed": frames[::-1], "doubled": sorted(frames + peer.frames()), "shuffled": random.sample(frames, 5),
+    sent = {"reversed": frames[::-1], "doubled": sorted(frames + peer.frames()),
+            "shuffled": random.sample(frames, 5),
             "halves": frames[3:] + frames[:3]}[order]
     for part in (sent[:3], sent[3:]):
         peer.send(part)
@@ -1609,11 +1771,12 @@ def test_a_wrong_sequence_of_ports_never_assembles(live):
 
 @pytest.fixture(scope="module")
 def router(world):
-    """A router with hosts behind it: two homes, which it masquerades and where only answers get in, and three that are
-    far away. What its chain `loss` drops is lost."""
+    """A router with hosts behind it: two homes, which it masquerades and where only answers get in,
+    and three that are far away. What its chain `loss` drops is lost."""
     lab, router = world.lab, world.lab.host("router", 40)
     router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
-    hosts = [Host(lab, f"inner{number}", 10, f"192.168.{number}", f"2001:db8:{number}:") for number in range(2, 7)]
+    hosts = [Host(lab, f"inner{number}", 10, f"192.168.{number}",
+                  f"2001:db8:{number}:") for number in range(2, 7)]
     for number, host in enumerate(hosts, 2):
         gateways = f"192.168.{number}.1", f"2001:db8:{number}::1"
         lab.cable(host, "eth0", router, f"eth{number}", [f"{host.ip}/24", f"{host.ip6}/64"],
@@ -1623,8 +1786,10 @@ def router(world):
     router.homes, router.far = hosts[:2], hosts[2:]
     for rule in ("iptables -t nat -A POSTROUTING -o eth0 -s 192.168.2.0/23 -j MASQUERADE",
                  "ip6tables -t nat -A POSTROUTING -o eth0 -j MASQUERADE",
-                 "iptables -N loss", "iptables -A FORWARD -j loss", "ip6tables -N loss", "ip6tables -A FORWARD -j loss",
-                 "iptables -A FORWARD -s 192.168.4.0/22 -j ACCEPT", "iptables -A FORWARD -d 192.168.4.0/22 -j ACCEPT",
+                 "iptables -N loss", "iptables -A FORWARD -j loss", "ip6tables -N loss",
+                 "ip6tables -A FORWARD -j loss",
+                 "iptables -A FORWARD -s 192.168.4.0/22 -j ACCEPT",
+                 "iptables -A FORWARD -d 192.168.4.0/22 -j ACCEPT",
                  "iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP",
                  "iptables -A FORWARD ! -i eth0 -o eth0 -j ACCEPT", "iptables -P FORWARD DROP",
                  "iptables -A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"):
@@ -1661,7 +1826,8 @@ def test_knocks_arrive_through_a_tunnel_that_has_no_link_header(live):
     """As on a VPN's or a PPP interface: IPv4 and IPv6, all transports, the least MTU of IPv6."""
     def tunnel_end():
         end = os.open("/dev/net/tun", os.O_RDWR)
-        fcntl.ioctl(end, 0x400454CA, struct.pack("16sH", b"tun0", 0x1001))  # TUNSETIFF: IFF_TUN | IFF_NO_PI
+        # TUNSETIFF: IFF_TUN | IFF_NO_PI
+        fcntl.ioctl(end, 0x400454CA, struct.pack("16sH", b"tun0", 0x1001))
         return end
     def carry():
         while not over.is_set():
@@ -1715,7 +1881,8 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
 """
 
 def test_a_listener_that_was_taken_over_gets_refusals_only_and_cannot_stop_the_monitor(idle):
-    program = idle.lab.program(HOSTILE.replace("KEY", config_values(idle.conf, "allow me@laptop")["key"]))
+    program = idle.lab.program(HOSTILE.replace("KEY",
+                                               config_values(idle.conf, "allow me@laptop")["key"]))
     server = Server(idle.lab, idle.server, idle.conf, program)
     try:
         server.wait_log(" done; then ", timeout=300)
@@ -1755,12 +1922,14 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(live):
             (dict(options=["--transport", "crafted"]), 71, "root")):
         fails(live, code, text, **how)
     done = live.lab.tariq(live.client, "knock", "-c", live.me, "box", user=NOBODY, check=False)
-    assert done.returncode == 64 and "required" in done.stderr and done.stderr.count("\n") == 1, done
+    assert done.returncode == 64 and "required" in done.stderr \
+        and done.stderr.count("\n") == 1, done
     said = live.lab.tariq(live.client, "--help").stdout
     assert all(f"{code} " in said for code in (0, 64, 65, 69, 70, 71, 75, 76, 77, 78))
 
 def test_a_missing_program_or_package_is_named_with_what_to_install(live):
-    for module, how in (("PIL", dict(options=["-i", "/tmp"])), ("scapy", dict(transport="crafted"))):
+    for module, how in (("PIL", dict(options=["-i", "/tmp"])),
+                        ("scapy", dict(transport="crafted"))):
         done = knock(live, change=f"sys.modules['{module}'] = None", **how)
         assert done.returncode == 69 and "apt-get install" in done.stderr and module in done.stderr
         assert done.stderr.count("\n") == 1
@@ -1769,9 +1938,11 @@ def test_a_missing_program_or_package_is_named_with_what_to_install(live):
             ("/usr/bin/gpg", live.client, [*as_user(NOBODY), *client], "gpg"),
             ("/usr/sbin/iptables", live.other, server, "iptables"), ("/usr/bin/gpg", live.other,
             server, "gpg")):
-        cover = f"mount --bind /dev/null {os.path.realpath(hidden)} && exec \"$@\""  # in a mount namespace of its own
+        # in a mount namespace of its own
+        cover = f"mount --bind /dev/null {os.path.realpath(hidden)} && exec \"$@\""
         done = host.run("sh", "-c", cover, "sh", *argv, check=False)
-        assert done.returncode in (69, 70, 71) and words in done.stderr and "Traceback" not in done.stderr, done
+        assert done.returncode in (69, 70, 71) and words in done.stderr \
+            and "Traceback" not in done.stderr, done
 
 def test_a_request_that_its_packets_cannot_carry_is_refused_before_it_is_sent(live):
     with captured(live.server) as packets:
@@ -1788,20 +1959,24 @@ def test_every_error_of_the_server_is_one_line_with_its_own_code(live):
              ("server_gpg_dir = ", "server_gpg_dir = /nonexistent", 69, "/nonexistent"),
              ("[server]", "[server]\nopen_tcp_port = -A tariq -s {ip} --dport {dport} --nonsense",
              71, "iptables"),
-             ("[server]", "[server]\nopen_command = true {ip} {dport}", 78, "close_command is missing"),
+             ("[server]", "[server]\nopen_command = true {ip} {dport}", 78,
+              "close_command is missing"),
              ("[server]", "[sever]", 78, "[server]"), ("[server]", "[server]", 78, "chmod 600")]
     for old, new, code, words in cases:
-        path = write(live.lab.new("variant"), text.replace(old, new), mode=0o600 if old != new else 0o644)
+        path = write(live.lab.new("variant"), text.replace(old, new),
+                     mode=0o600 if old != new else 0o644)
         done = live.lab.tariq(live.other, "server", "-c", path, check=False)
         lines = [line for line in done.stderr.splitlines() if line.startswith("tariq: ")]
         assert done.returncode == code and len(lines) == 1 and words in done.stderr, (new, done)
     for command in ("server", "init", "enroll"):
         done = live.lab.tariq(live.other, command, "-c", live.conf, user=NOBODY, check=False)
-        assert done.returncode == 71 and "needs root: sudo" in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 71 and "needs root: sudo" in done.stderr \
+            and done.stderr.count("\n") == 1
 
 def test_a_second_server_with_the_same_chain_does_not_start(live):
     done = live.lab.tariq(live.server, "server", "-c", live.conf, check=False)
-    assert done.returncode == 71 and "runs already" in done.stderr and "+ iptables" not in done.stderr
+    assert done.returncode == 71 and "runs already" in done.stderr \
+        and "+ iptables" not in done.stderr
     opens(live)
 
 def test_a_client_answers_one_challenge_only(live):
@@ -1833,7 +2008,8 @@ def test_a_hostile_server_draws_no_traceback_and_steers_no_terminal(live):
     escape = wrap.format(r"opened[1].replace(b'opened', b'\x1b[2Jopened')")
     assert opens(live, change=escape).startswith("?[2Jopened")
     refused = wrap.format("opened[1][:1] + bytes([0]) + opened[1][2:]")
-    fails(live, REFUSED, "", "O", "23", change=refused)  # a refusal is one, whatever status it claims
+    # a refusal is one, whatever status it claims
+    fails(live, REFUSED, "", "O", "23", change=refused)
     challenge = OWN.format("64:ff9b::1") + wrap.replace("b'result'", "b'challenge'")
     no_address = challenge.format(r"opened[1][:34] + b'\x1b[2J\xff'")
     fails(live, NO_ANSWER, "No answer from box", change=no_address, timeout=3)
@@ -1844,7 +2020,8 @@ def enroll(live, key, *options, check=True):
     return live.lab.tariq(live.server, "enroll", "-c", live.conf, *options, input=key, check=check)
 
 def key_with_a_hidden_one(ring, public, hidden):
-    """An armored public key whose names gpg lists in more than 64 KiB, and behind them the secret key of another."""
+    """An armored public key whose names gpg lists in more than 64 KiB, and behind them the secret
+    key of another."""
     key = fingerprint(ring, public)
     for number in range(16):
         gpg(ring, "--quick-add-uid", key, str(number) + ":" * 1100)
@@ -1872,14 +2049,18 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(live):
         assert done.returncode == 65 and words in done.stderr and done.stdout == "", done
     for name in ("me@laptop", "two\nlines", "a]b", "-x", "a log line"):
         assert enroll(live, key, f"--name={name}", check=False).returncode == 65, name
-    assert enroll(live, key, "--name", "other", "--allow", "E echo 'a #b'", check=False).returncode == 64
-    noise = live.lab.tariq(live.server, "enroll", "-c", live.conf, input=b"\x99\0\1\t" * 16000, text=False, check=False)
-    assert noise.returncode == 65 and b"One public key" in noise.stderr, "gpg has more to say than a pipe holds"
+    assert enroll(live, key, "--name", "other", "--allow", "E echo 'a #b'",
+                  check=False).returncode == 64
+    noise = live.lab.tariq(live.server, "enroll", "-c", live.conf, input=b"\x99\0\1\t" * 16000,
+                           text=False, check=False)
+    assert noise.returncode == 65 and b"One public key" in noise.stderr, \
+        "gpg has more to say than a pipe holds"
     for user in ("long@example.com", "later@example.com"):
         generate(ring, user)
     long = key_with_a_hidden_one(ring, "long@example.com", "later@example.com")
     done = enroll(live, long, "--name", "long", check=False)
-    assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
+    assert done.returncode == 65 and "One public key" in done.stderr, \
+        "a secret key behind a long listing"
     assert keys() == before and live.conf.read_text() == text, "nothing is imported or written"
     done = enroll(live, key, "--name", "other.one")
     assert "[allow other.one]" in live.conf.read_text() and "secret_ports" in done.stdout
@@ -1888,16 +2069,21 @@ def test_enrolment_takes_no_taken_name_no_secret_key_and_not_two_keys(live):
 
 def test_join_takes_no_other_key_no_other_values_and_no_scrap(live):
     text, mine = live.me.read_text(), config_values(live.me, "box")["server_key"]
-    profile = enroll(live, gpg(live.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout).stdout
+    profile = enroll(live, gpg(live.me.parent / "gpg", "--armor", "--export",
+                               "<me@laptop>").stdout).stdout
     def join(given, host="box"):
-        return live.lab.tariq(live.client, "join", "-c", live.me, host, user=NOBODY, input=given, check=False)
+        return live.lab.tariq(live.client, "join", "-c", live.me, host, user=NOBODY,
+                              input=given, check=False)
     for given, words in ((profile.replace(mine, mine[::-1]), "not its server_key"), ("",
         "No profile"),
-                         (re.sub('"secret": "[^"]*', f'"secret": "{SECRET}', profile), "has other values"),
+                         (re.sub('"secret": "[^"]*', f'"secret": "{SECRET}', profile),
+                          "has other values"),
                          (profile[:100], "No profile"),
-                         (profile.replace('"secret_ports": "', '"secret_ports": "1,'), "has other values")):
+                         (profile.replace('"secret_ports": "', '"secret_ports": "1,'),
+                          "has other values")):
         done = join(given)
-        assert done.returncode == 65 and words in done.stderr and live.me.read_text() == text, (words, done)
+        assert done.returncode == 65 and words in done.stderr \
+            and live.me.read_text() == text, (words, done)
     for host in ("", "a b", "x]", "two\nlines", "DEFAULT", "#"):
         done = join(profile, host)
         assert done.returncode == 64 and "an ASCII name or address" in done.stderr, host
@@ -1913,11 +2099,13 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
                "public_key": gpg(ring, "--armor", "--export", key).stdout}
     def join(profile):
         words = json.dumps(profile)
-        return live.lab.tariq(live.client, "join", "-c", conf, "hostile", user=NOBODY, input=words, check=False)
+        return live.lab.tariq(live.client, "join", "-c", conf, "hostile", user=NOBODY,
+                              input=words, check=False)
     generate(ring, "secretly@example.com")
     hidden = key_with_a_hidden_one(ring, "server@example.com", "secretly@example.com")
     done = join({**profile, "public_key": hidden})
-    assert done.returncode == 65 and "One public key" in done.stderr, "a secret key behind a long listing"
+    assert done.returncode == 65 and "One public key" in done.stderr, \
+        "a secret key behind a long listing"
     assert join(profile).returncode == 0
     for user in ("planted@example.com", "later@example.com", "secretly@example.com"):
         done = live.lab.tariq(live.client, "keygen", "-c", conf, user, user=NOBODY)
@@ -1928,7 +2116,8 @@ def test_a_server_cannot_put_a_key_of_its_own_in_the_place_of_a_later_one_of_the
 
 def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_servers_lock(live):
     home = make_server(live.lab, live.other, "clean").parent / ".server-gpg"
-    wait_for(lambda: not live.server.run("pgrep", "-f", str(home), check=False).stdout, "gpg-agent stays")
+    wait_for(lambda: not live.server.run("pgrep", "-f", str(home), check=False).stdout,
+             "gpg-agent stays")
     number = live.server.run("stat", "-Lc", "%i", "/proc/self/ns/net").stdout.strip()
     path = Path(f"/run/tariq-tariq-{number}.lock")
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
@@ -1941,14 +2130,17 @@ def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(live
     users = make_users(live.lab.new("users"), 1000)
     done = live.server.run("sh", "-c", OWN_USERS, users, live.lab.dir / "tariq.py", "init", "-c",
         conf, check=False)
-    assert done.returncode == 71 and "is a person's" in done.stderr and os.listdir(conf.parent) == []
+    assert done.returncode == 71 and "is a person's" in done.stderr \
+        and os.listdir(conf.parent) == []
 
 def test_four_enrolments_at_once_lose_nothing(live):
     confs = [live.lab.dir / f"many-{number}" / "tariq.conf" for number in range(4)]
-    keys = [live.lab.tariq(live.client, "keygen", "-c", conf, f"Many {number} <many{number}@example.com>").stdout
+    keys = [live.lab.tariq(live.client, "keygen", "-c", conf,
+                           f"Many {number} <many{number}@example.com>").stdout
             for number, conf in enumerate(confs)]
     text = live.conf.read_text()
-    live.conf.write_text(text[:text.index("[allow")] + "# mine")  # an editor that leaves out the last newline
+    # an editor that leaves out the last newline
+    live.conf.write_text(text[:text.index("[allow")] + "# mine")
     with ThreadPoolExecutor() as pool:
         profile, *_ = pool.map(lambda key: enroll(live, key).stdout, keys)
     assert len(tariq.Config(live.conf).clients) == 4 and "# mine" in live.conf.read_text()
@@ -1959,14 +2151,16 @@ def test_four_enrolments_at_once_lose_nothing(live):
 
 def test_one_config_may_serve_both_roles_and_be_enrolled_in_itself(idle):
     conf = make_server(idle.lab, idle.server, "both-roles")
-    conf.write_text(conf.read_text() + f"[client]\nuser = me@itself\nclient_gpg_dir = {conf.parent}/client-gpg\n")
+    conf.write_text(conf.read_text()
+                    + f"[client]\nuser = me@itself\nclient_gpg_dir = {conf.parent}/client-gpg\n")
     line = " | ".join(f"{idle.lab.dir}/tariq.py {words}" for words in (
         f"keygen -c {conf} me@itself", f"enroll -c {conf} --allow O 22", f"join -c {conf} itself"))
     idle.server.run("sh", "-c", line)
     config = tariq.Config(conf)
-    assert config.ini.has_section("itself") and config.get("may", ["allow me@itself"]) == [["O", "22/tcp"]]
+    assert config.ini.has_section("itself") \
+        and config.get("may", ["allow me@itself"]) == [["O", "22/tcp"]]
 
-# ---- the service's life ----------------------------------------------------------------------------------------------
+# ---- the service's life --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("names", ["TERM", "INT", "HUP", "INT TERM"])
 def test_the_server_stops_cleanly_on_signals_and_leaves_an_empty_chain(idle, names):
@@ -1977,15 +2171,18 @@ def test_the_server_stops_cleanly_on_signals_and_leaves_an_empty_chain(idle, nam
         for number in first:  # two at once
             server.process.send_signal(number)
         assert server.stop(last) == 0
-        wait_for(lambda: not alive(listener), "the listener outlives its monitor")  # the kernel's signal is on its way
+        # the kernel's signal is on its way
+        wait_for(lambda: not alive(listener), "the listener outlives its monitor")
         assert idle.server.rules() == idle.server.rules(ip6=True) == []
 
 def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_its_own_closes_every_door(idle):
     with serving(idle) as server:
-        os.kill(server.listener, signal.SIGSTOP)  # what reads nothing any more cannot hold up the stop
+        # what reads nothing any more cannot hold up the stop
+        os.kill(server.listener, signal.SIGSTOP)
     with serving(idle, command_timeout=1) as server:
         listener = server.listener
-        server.process.send_signal(signal.SIGSTOP)  # so that a request waits unread when the monitor dies
+        # so that a request waits unread when the monitor dies
+        server.process.send_signal(signal.SIGSTOP)
         fails(idle, NO_ANSWER, "sent no result", timeout=10)
         server.kill()
         wait_for(lambda: not alive(listener), "the listener outlives its monitor")
@@ -1994,7 +2191,8 @@ def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_it
         assert idle.server.rules() and idle.server.rules(ip6=True)
         os.kill(server.listener, signal.SIGKILL)
         assert server.process.wait(LONG) == DIED and "listener died" in server.log
-        assert idle.server.rules() == idle.server.rules(ip6=True) == [] and not idle.client.connects(idle.server.ip)
+        assert idle.server.rules() == idle.server.rules(ip6=True) == [] \
+            and not idle.client.connects(idle.server.ip)
 
 def test_a_command_ends_with_the_server_and_a_daemon_that_it_left_holds_nothing_of_it(idle):
     nap = nap_of_our_own()
@@ -2034,8 +2232,10 @@ def test_an_open_command_that_leaves_a_daemon_holds_nobody_up(idle):
         assert left
 
 def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
-    closing = write(idle.lab.new("closing"), "#!/bin/sh\necho no such element; exit 1\n", mode=0o755)
-    with serving(idle, open_command="true {ip} {dport} {seconds}", close_command=f"{closing} {{ip}} {{dport}}",
+    closing = write(idle.lab.new("closing"),
+                    "#!/bin/sh\necho no such element; exit 1\n", mode=0o755)
+    with serving(idle, open_command="true {ip} {dport} {seconds}",
+                 close_command=f"{closing} {{ip}} {{dport}}",
                  open_timeout=SOON) as server:
         assert "server ends doors" not in server.log, "{seconds} are the firewall's"
         opens(idle), opens(idle, "C", "22")
@@ -2047,13 +2247,15 @@ def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
         closing.with_name("gone").rename(closing)
         server.wait_log("no such element", 2)
         assert server.stop() == 0
-    with serving(idle, open_command="true {ip} {dport}", close_command=f"{closing} {{ip}} {{dport}}",
+    with serving(idle, open_command="true {ip} {dport}",
+                 close_command=f"{closing} {{ip}} {{dport}}",
                  open_timeout=1) as server:
         closing.rename(closing.with_name("gone"))
         for first in (20, 2000):
             opens(idle, "O", *map(str, range(first, first + 28)))
         server.wait_log(f"tcp/20 for {idle.client.ip} is not closed", 2)
-        server.process.send_signal(signal.SIGTERM)  # which does not wait a second for each of its 56 doors
+        # which does not wait a second for each of its 56 doors
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(50) == 0 and server.log.count("Doors may be open") == 56
 
 def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(idle):
@@ -2061,13 +2263,15 @@ def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(id
     with serving(idle, program=idle.lab.program("tariq.DOORS_MAX = 3")):
         opens(idle, "O", "44", conf=other)
         opens(idle, "O", "22", "23", "24"), opens(idle, "O", "22"), opens(idle, "O", "25")
-        assert sorted(re.findall(r"--dport (\d+)", " ".join(idle.server.rules()))) == ["22", "24", "25", "44"]
+        assert sorted(re.findall(r"--dport (\d+)",
+                                 " ".join(idle.server.rules()))) == ["22", "24", "25", "44"]
 
 def test_every_change_to_the_machine_is_logged_before_it_runs(live):
     opens(live), opens(live, "E", "echo", "a b")
     lines, rule = live.tariq.log.splitlines(), f"+ iptables -w 5 -A tariq -s {live.client.ip} "
     last = max(number for number, line in enumerate(lines) if line.startswith(rule))
-    assert any(f"{live.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[last:]) and "+ echo 'a b'" in lines
+    assert any(f"{live.client.ip} O 22/tcp: opened tcp/22" in line for line in lines[last:]) \
+        and "+ echo 'a b'" in lines
 
 def test_the_server_warns_where_nothing_is_hidden(idle):
     conf = make_server(idle.lab, idle.other, "warned")
@@ -2094,7 +2298,8 @@ def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(
         assert status["Uid"].split() == [str(owner.st_uid)] * 4 and owner.st_uid != 0
         assert status["Gid"].split() == [str(owner.st_gid)] * 4 and owner.st_gid != 0
         assert status["Groups"].split() == []
-        assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+        assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff",
+                                                           "Bnd", "Amb")} == {0}
         assert status["NoNewPrivs"] == "1"
     words = proc(pid, "stat").rpartition(")")[2].split()
     assert (words[3], words[4]) == (str(pid), "0"), "a session of its own, and no terminal"
@@ -2114,7 +2319,8 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
     with serving(idle, ("keyctl", "session", "roots-own", *fakes.prefix)):
         fakes.fault("gpg-shows")  # what gpg, a child of the listener's, sees of it
         opens(idle)
-        assert "Session Keyring" in fakes.shown.read_text() and "roots-own" not in fakes.shown.read_text()
+        assert "Session Keyring" in fakes.shown.read_text() \
+            and "roots-own" not in fakes.shown.read_text()
         fakes.fault("iptables-shows")
         opens(idle)
         wait_for(lambda: "roots-own" in fakes.shown.read_text(), "the test's own test")
@@ -2127,13 +2333,18 @@ def test_a_session_keyring_of_roots_stays_with_root(idle):
 def test_the_listeners_user_reaches_nothing_of_roots(live):
     opens(live)
     user, monitor, conf = os.stat(live.ring).st_uid, live.tariq.process.pid, live.tariq.conf
-    for words in (f"cat {conf}", "cat /etc/shadow", f"touch {conf}.new", f"touch -c {live.lab.dir}/tariq.py",
-                  "iptables -n -L tariq", "iptables -A tariq -j ACCEPT", "nft list ruleset", f"kill -0 {monitor}",
-                  f"cat /proc/{monitor}/environ", f"ls /proc/{monitor}/fd", f"ls /proc/{live.tariq.listener}/fd",
+    for words in (f"cat {conf}", "cat /etc/shadow", f"touch {conf}.new",
+                  f"touch -c {live.lab.dir}/tariq.py",
+                  "iptables -n -L tariq", "iptables -A tariq -j ACCEPT", "nft list ruleset",
+                  f"kill -0 {monitor}",
+                  f"cat /proc/{monitor}/environ", f"ls /proc/{monitor}/fd",
+                  f"ls /proc/{live.tariq.listener}/fd",
                   "ip link set eth0 promisc on"):
-        locked_up = "setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", *words.split()
+        locked_up = "setpriv", "--no-new-privs", "--bounding-set=-all", \
+            "--inh-caps=-all", *words.split()
         assert live.server.run(*locked_up, user=user, check=False).returncode != 0, words
-    assert live.server.run("cat", conf).stdout and len(live.server.rules()) == 1  # the test's own test
+    # the test's own test
+    assert live.server.run("cat", conf).stdout and len(live.server.rules()) == 1
 
 def test_no_socket_listens_and_the_interface_is_not_promiscuous(live):
     opens(live)
@@ -2155,25 +2366,31 @@ def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
               f'*) words+=("$word");; esac; done\nexec {fake}/real "${{words[@]}}"\n', mode=0o755)
         shutil.copy("/usr/bin/setpriv", fake / "real")
         covered = "sh", "-c", 'mount --bind "$0/setpriv" /usr/bin/setpriv && exec "$@"', fake
-        done = idle.server.run(*covered, idle.lab.dir / "tariq.py", "server", "-c", variant(idle), check=False)
+        done = idle.server.run(*covered, idle.lab.dir / "tariq.py", "server", "-c",
+                               variant(idle), check=False)
         assert done.returncode == DIED and "still has a privilege" in done.stderr, (leave, done)
 
 def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_packet(idle):
     with serving(idle) as server:
         row, = packet_sockets(server.listener)
         assert row[3] == "0003" and row[4] == "0", "all protocols, all interfaces"
-        number, = [number for number, link in descriptors(server.listener).items() if row[8] in link]
+        number, = [number for number,
+                   link in descriptors(server.listener).items() if row[8] in link]
         pidfd_getfd = ctypes.CDLL(None).syscall(438, os.pidfd_open(server.listener), number, 0)
         with socket.socket(fileno=pidfd_getfd) as sock:
-            size, is_locked = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_RCVBUF, 44))
+            size, is_locked = (sock.getsockopt(socket.SOL_SOCKET,
+                                               option) for option in (socket.SO_RCVBUF, 44))
             assert size == 8 << 20 and is_locked == 1
             with pytest.raises(PermissionError):
                 sock.setsockopt(socket.SOL_SOCKET, 27, 0)  # SO_DETACH_FILTER
-        os.kill(server.listener, signal.SIGSTOP)  # so that what passes the filter stays to be counted
+        # so that what passes the filter stays to be counted
+        os.kill(server.listener, signal.SIGSTOP)
         try:
             ports = idle.ports
-            link, inner = link_header(idle.client, idle.server), packet_of(ports[2], bytes(900), udp=True)
-            # Of no VLAN, but with a priority: for this interface. It comes before and behind the rest.
+            link, inner = link_header(idle.client, idle.server), \
+                packet_of(ports[2], bytes(900), udp=True)
+            # Of no VLAN, but with a priority: for this interface. It comes before and behind the
+            # rest.
             good, before = [link[:12] + b"\x81\0\0\0" + link[12:] + inner], waiting(server.listener)
             inject(idle.client, good)
             wait_for(lambda: waiting(server.listener) > before + 900, "it does not arrive")
@@ -2183,7 +2400,8 @@ def test_the_kernel_filter_passes_frames_only_is_locked_and_takes_no_outgoing_pa
                 out.sendto(bytes(900), (idle.client.ip, port))  # the server's own
             for port, size in [(ports[0] ^ 1, 900), (ports[0], 46), (ports[0], 1293)]:
                 into.sendto(bytes(size), (idle.server.ip, port))  # other ports and sizes
-            inject(idle.client, [b"\x02" + link[1:5] + b"\x99" + link[6:] + inner])  # another host's
+            # another host's
+            inject(idle.client, [b"\x02" + link[1:5] + b"\x99" + link[6:] + inner])
             inject(idle.client, [link[:12] + b"\x81\0\0\7" + link[12:] + inner])  # of a VLAN
             inject(idle.client, good)
             wait_for(lambda: waiting(server.listener) > one, "it does not arrive")
@@ -2198,11 +2416,13 @@ def test_nothing_of_scapy_pillow_libpcap_or_gpg_runs_or_is_mapped_as_root(idle):
     with serving(idle, ("strace", "-D", "-f", "-q", "-y", "-e", calls, "-o", trace)) as server:
         opens(idle), opens(idle, "E", "echo", "x"), opens(idle, "C", "22")
         monitor = server.process.pid
-        assert not re.search("scapy|PIL|libpcap|libgcrypt", proc(monitor, "maps")) and rss(monitor) <= 32
+        assert not re.search("scapy|PIL|libpcap|libgcrypt", proc(monitor, "maps")) \
+            and rss(monitor) <= 32
     text = traced(trace, monitor)
     opened, *_ = re.findall(rf"(?ms)^{monitor} +(socket\(AF_PACKET.*)", text)
     assert opened.startswith("socket(AF_PACKET, SOCK_DGRAM|SOCK_CLOEXEC, htons(0 ")
-    assert re.search("SO_ATTACH_FILTER.*SO_LOCK_FILTER.*?bind[^\n]*sll_protocol=htons\\(ETH_P_ALL", opened, re.S), \
+    assert re.search("SO_ATTACH_FILTER.*SO_LOCK_FILTER.*?bind[^\n]*sll_protocol=htons\\(ETH_P_ALL",
+                     opened, re.S), \
         "no packet comes before the filter is locked"
     forks = re.findall(r"(?m)^(\d+) +(?:<\.\.\. )?(?:clone3?|v?fork)\b.* = (\d+)$", text)
     parents = {child: parent for parent, child in forks}
@@ -2212,20 +2432,24 @@ def test_nothing_of_scapy_pillow_libpcap_or_gpg_runs_or_is_mapped_as_root(idle):
     def unprivileged(pid):
         return pid in changed or pid in parents and unprivileged(parents[pid])
     assert len(foreign) >= 3, "the listener, and a gpg for each knock"
-    assert [pid for pid in foreign if not unprivileged(pid)] == [] and not unprivileged(str(monitor))
+    assert [pid for pid in foreign if not unprivileged(pid)] == [] \
+        and not unprivileged(str(monitor))
 
 def traced(trace, pid):
     """The text of a trace by strace -D, once it has seen the end of a process."""
-    wait_for(lambda: re.search(rf"(?m)^{pid} +\+\+\+ ", trace.read_text(errors="replace")), "strace has not ended")
+    wait_for(lambda: re.search(rf"(?m)^{pid} +\+\+\+ ", trace.read_text(errors="replace")),
+             "strace has not ended")
     return trace.read_text(errors="replace")
 
 @contextmanager
 def watched(trace, *pids, options=()):
     """Meanwhile strace watches processes, and writes to a file."""
     pids_words = [word for pid in pids for word in ("-p", str(pid))]
-    strace = subprocess.Popen(["strace", "-f", "-qq", *options, "-o", trace, *pids_words], stderr=DEVNULL)
+    strace = subprocess.Popen(["strace", "-f", "-qq", *options, "-o", trace,
+                               *pids_words], stderr=DEVNULL)
     try:
-        wait_for(lambda: all("TracerPid:\t0" not in proc(pid, "status") for pid in pids), "strace did not attach")
+        wait_for(lambda: all("TracerPid:\t0" not in proc(pid, "status") for pid in pids),
+                 "strace did not attach")
         yield
     finally:
         strace.kill()  # the kernel lets go of each thread; strace itself may wait for one for ever
@@ -2255,7 +2479,8 @@ def held_connection(world):
         sock.connect((world.server.ip, 22))
         assert b"SSH-" in sock.recv(100)
         yield
-        assert not world.client.connects(world.server.ip), "the door is still open: the connection outlives nothing"
+        assert not world.client.connects(world.server.ip), \
+            "the door is still open: the connection outlives nothing"
         sock.sendall(b"SSH-2.0-held\r\n")
         assert len(sock.recv(4096)) > 100, "the key exchange's first message"
 
@@ -2271,9 +2496,11 @@ def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
     def looked_through(seconds):
         """Whether there was time to look through both doors before their end."""
         listener = server.listener
-        deadlines = list(pool.map(lambda where: deadline_of(opens(idle, where=where)), ["box", "box6"]))
+        deadlines = list(pool.map(lambda where: deadline_of(opens(idle,
+                                                                  where=where)), ["box", "box6"]))
         if killed != "monitor":
-            os.kill(listener, signal.SIGSTOP)  # so that it cannot mend anything between the two signals
+            # so that it cannot mend anything between the two signals
+            os.kill(listener, signal.SIGSTOP)
         server.kill()
         if killed != "monitor":
             os.kill(listener, signal.SIGKILL)
@@ -2284,7 +2511,8 @@ def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
             outcomes = list(pool.map(tries, (idle.server.ip, idle.server.ip6), deadlines))
         looked = True
         for outcome, deadline in zip(outcomes, deadlines):
-            before = [good for _, good, end in outcome if end < deadline + 0.95]  # a rule holds to its second's end
+            # a rule holds to its second's end
+            before = [good for _, good, end in outcome if end < deadline + 0.95]
             after = [good for begun, good, _ in outcome if begun > deadline + 1.05]
             assert all(before) and after and not any(after), (deadline, outcome)
             looked = looked and before
@@ -2297,9 +2525,11 @@ def test_doors_close_at_their_deadline_to_the_second_when_killed(idle, killed):
     else:
         raise AssertionError("nobody looked through the doors while they were open")
     with serving(idle):
-        assert idle.server.rules() == idle.server.rules(ip6=True) == [], "a start begins with an empty chain"
+        assert idle.server.rules() == idle.server.rules(ip6=True) == [], \
+            "a start begins with an empty chain"
 
-def test_a_door_without_open_timeout_stays_until_closed_and_a_clients_section_overrides_the_servers(idle):
+def test_a_door_without_open_timeout_stays_until_closed_and_a_clients_section_overrides_the_servers(
+        idle):
     with serving(idle, open_timeout=0):
         for _ in range(2):  # both rules are the same, word by word
             assert opens(idle) == f"opened tcp/22 on box for {idle.client.ip} until closed\n"
@@ -2308,7 +2538,8 @@ def test_a_door_without_open_timeout_stays_until_closed_and_a_clients_section_ov
         with held_connection(idle):
             assert "closed tcp/22" in opens(idle, "C", "22") and idle.server.rules() == []
     with serving(idle, open_timeout=90000) as server:
-        assert re.search(r"until \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ$", opens(idle)), "a day or more shows its date"
+        assert re.search(r"until \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ$", opens(idle)), \
+            "a day or more shows its date"
         edit(server.conf, ("may =", "open_timeout = 2\nmay ="))
         before = int(time.time())
         assert before + 2 <= deadline_of(opens(idle)) <= time.time() + 2
@@ -2333,13 +2564,15 @@ def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, 
     def client(port):
         return lossy.far[port % len(lossy.far)]
     ports = range(2000, 2050)  # a port for each knock: its rule tells whose it is
-    with serving(idle) as server, ThreadPoolExecutor(4) as pool:  # each has its share of the machine
+    # each has its share of the machine
+    with serving(idle) as server, ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda port: knock(idle, "O", port, transport=transport,
                                                    host=client(port), options=["-v"], timeout=40),
                                                    ports))
         counters = lossy.run("iptables", "-nvxL", "loss").stdout
         drops = [int(line.split()[0]) for line in counters.splitlines() if "DROP" in line]
-        assert len(drops) == 2 and min(drops) > 8, f"the network lost too little to prove anything: {drops}"
+        assert len(drops) == 2 and min(drops) > 8, \
+            f"the network lost too little to prove anything: {drops}"
         good = {port for port, done in zip(ports, results)
                 if done.returncode == 0 and done.stderr.count("go by") <= TRIES}
         assert len(good) >= 48, [done for done in results if done.returncode]
@@ -2348,11 +2581,14 @@ def test_knocks_get_through_where_a_fifth_of_all_packets_is_lost_each_way(idle, 
         opened = {port for port, _ in rules}
         assert len(rules) == len(opened), "a door has two rules"
         assert all(address == client(port).ip for port, address in rules)
-        assert good <= opened <= set(ports)  # a knock whose client gave up may have opened its door: nothing else may
+        # a knock whose client gave up may have opened its door: nothing else may
+        assert good <= opened <= set(ports)
         for port in ports:
-            assert server.log.count(f"O {port}/tcp: opened") == (port in opened), "a repeated answer opened twice"
+            assert server.log.count(f"O {port}/tcp: opened") == (port in opened), \
+                "a repeated answer opened twice"
 
-@pytest.mark.parametrize("lost", ["first fragment", "last fragment", "challenge", "answer", "result"])
+@pytest.mark.parametrize("lost",
+                         ["first fragment", "last fragment", "challenge", "answer", "result"])
 def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
     def one(client, transport):
         away, back = ["-s", client.ip, "-p", "tcp"], ["-d", client.ip, "-p", "tcp"]
@@ -2360,8 +2596,10 @@ def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
                 "last fragment": [*away, "--syn", "--dport", idle.ports[-1]],
                 "challenge": [*back, "--tcp-flags", "SYN,ACK", "SYN,ACK"],
                 "result": [*back, "--tcp-flags", "SYN", "NONE"],
-                "answer": [*away, "--tcp-flags", "SYN,RST,ACK", "ACK", "-m", "length", "--length", "100:"]}[lost]
-        rule += ["-m", "statistic", "--mode", "nth", "--every", "100000", "--packet", "0", "-j", "DROP"]
+                "answer": [*away, "--tcp-flags", "SYN,RST,ACK", "ACK", "-m", "length",
+                           "--length", "100:"]}[lost]
+        rule += ["-m", "statistic", "--mode", "nth", "--every", "100000", "--packet",
+                 "0", "-j", "DROP"]
         lossy.run("iptables", "-w", "-I", "loss", *rule)
         # A result that answers a repeat is a SYN-ACK, and passes: no repeat comes before it.
         slow = "tariq.WAIT = 5" if lost == "result" else None
@@ -2370,8 +2608,10 @@ def test_a_knock_survives_the_loss_of_any_one_packet(idle, lossy, lost):
         with ThreadPoolExecutor() as pool:
             list(pool.map(one, lossy.far, ("kernel", "crafted")))
         counters = lossy.run("iptables", "-w", "-nvxL", "loss").stdout
-        assert [line.split()[0] for line in counters.splitlines() if "100000" in line] == ["1", "1"], counters
-        assert server.log.count(": opened") == len(idle.server.rules()) == 2, "something happened twice"
+        assert [line.split()[0] for line in counters.splitlines()
+                if "100000" in line] == ["1", "1"], counters
+        assert server.log.count(": opened") == len(idle.server.rules()) == 2, \
+            "something happened twice"
 
 def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(idle):
     """Four knocks at an address where nobody is: the clients' repeats are all that drives them."""
@@ -2381,22 +2621,27 @@ def test_repeats_are_new_frames_at_growing_intervals_that_no_two_knocks_share(id
     edit(idle.me, (idle.server.ip6, silent.ip6), (idle.server.ip, silent.ip))
     with captured(silent) as packets, ThreadPoolExecutor() as pool:
         runs = [pool.submit(knock, idle, where=where, transport=transport, timeout=6, host=host)
-                for host in (idle.client, idle.other) for where, transport in (("box", "kernel"), ("box6", "crafted"))]
+                for host in (idle.client, idle.other) for where,
+                transport in (("box", "kernel"), ("box6", "crafted"))]
         assert [run.result().returncode for run in runs] == [NO_ANSWER] * 4
-    payloads, starts = [packet.payload for packet in packets if packet.payload], collections.defaultdict(list)
+    payloads, starts = [packet.payload for packet in packets if packet.payload], \
+        collections.defaultdict(list)
     assert len(payloads) >= 4 * 6 * 5 and len(set(payloads)) == len(payloads), "no two are alike"
     for packet in packets:
         if packet.port == idle.ports[0]:
             starts[packet.frame[6:14]].append(packet.time)  # by its sender and family
-    intervals = [[later - earlier for earlier, later in zip(times, times[1:])] for times in starts.values()]
+    intervals = [[later - earlier for earlier,
+                  later in zip(times, times[1:])] for times in starts.values()]
     assert len(intervals) == 4
     assert all(5 <= len(waits) <= 20 for waits in intervals), intervals
     # None is shorter than its client chose it; what a slow machine adds, it does not add to all.
     first, *_, fifth = (min(waits) for waits in list(zip(*intervals))[:5])
     assert fifth > 1.2 * first, f"the waits do not grow: {intervals}"
-    # The four first waits (or second, or third) would differ by what the scheduler does, a few milliseconds.
+    # The four first waits (or second, or third) would differ by what the scheduler does, a few
+    # milliseconds.
     turns = list(zip(*intervals))[:3]
-    assert any(max(waits) - min(waits) > 0.015 for waits in turns), f"the waits are not jittered: {turns}"
+    assert any(max(waits) - min(waits) > 0.015 for waits in turns), \
+        f"the waits are not jittered: {turns}"
 
 # ---- a recorded knock is worthless ---------------------------------------------------------------
 
@@ -2412,7 +2657,8 @@ time.time = time_now
 """
 
 class Shift:
-    """A clock for servers that run `program`, both processes: the machine's, and some seconds more."""
+    """A clock for servers that run `program`, both processes: the machine's, and some seconds
+    more."""
 
     def __init__(self, lab):
         self.path = lab.new("clock")
@@ -2420,7 +2666,8 @@ class Shift:
         self.set(0)
 
     def set(self, seconds):
-        write(self.path.with_suffix(".new"), str(seconds), mode=0o644).replace(self.path)  # at once, for readers
+        # at once, for readers
+        write(self.path.with_suffix(".new"), str(seconds), mode=0o644).replace(self.path)
         time.sleep(0.06)  # whoever asks from now on reads it
 
 def replay(host, server, frames, times):
@@ -2444,7 +2691,8 @@ def nothing_happens(world, server, program=None, ahead=0):
             yield
             wait_for(lambda: waiting(server.listener) == 0, "the listener does not keep up")
             all_is_handled(world, server, ahead)
-        sent = [each for each in packets if each.frame[12:14] == b"\x08\0" or each.flags is not None]
+        sent = [each for each in packets if each.frame[12:14] == b"\x08\0"
+                or each.flags is not None]
         assert sent == [] and state() == before
         said = server.log.removeprefix(log)  # once a minute it says that old frames come
         assert re.fullmatch(r"(listener: \S+ sent an authentic frame of .*\n)?"
@@ -2461,20 +2709,25 @@ def test_100000_replayed_packets_start_no_gpg_and_get_no_packet(idle, when):
         server = first.enter_context(serving(idle, program=shift.program))
         with captured(idle.server) as packets:
             opens(idle, transport="kernel")
-        packets = [packet for packet in packets if packet.port in idle.ports]  # all that the client sent
-        fragments, rest = ([each.frame for each in packets if (each.flags & 2 > 0) is syn] for syn in (True, False))
-        assert len(fragments) >= 5 and any(packet.payload and not packet.flags & 2 for packet in packets)
+        # all that the client sent
+        packets = [packet for packet in packets if packet.port in idle.ports]
+        fragments, rest = ([each.frame for each in packets if (each.flags & 2 > 0) is syn]
+                           for syn in (True, False))
+        assert len(fragments) >= 5 \
+            and any(packet.payload and not packet.flags & 2 for packet in packets)
         if when != "inside the window":
             first.close()
             server = second.enter_context(serving(idle, program=shift.program))
-        if when == "four minutes later":  # nothing but the frames' own age tells that server that they are old
+        # nothing but the frames' own age tells that server that they are old
+        if when == "four minutes later":
             shift.set(240)
             fails(idle, NO_ANSWER, "", timeout=2)  # its clock is where it should be
             program = shift.program
         with nothing_happens(idle, server, program, ahead=240 if program else 0):
             for host, ip in ((idle.client, idle.client.ip), (idle.other, idle.other.ip)):
                 frames = [from_address(frame, ip) for frame in fragments + rest]
-                for sent, times in ((frames, 1), (frames[::-1], 1), (frames[:len(fragments)], 50_000)):
+                for sent, times in ((frames, 1), (frames[::-1], 1),
+                                    (frames[:len(fragments)], 50_000)):
                     replay(host, server, sent, times if when != "after a restart" else 1)
 
 def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
@@ -2491,7 +2744,8 @@ def test_a_knock_recorded_before_its_exchange_ended_is_worth_nothing(idle):
 # ---- what breaks: gpg, iptables, memory, disks, links, clocks ------------------------------------
 
 class Fakes:
-    """gpg and iptables' programs of a server, in a mount namespace of its own: as they are, until told to fail."""
+    """gpg and iptables' programs of a server, in a mount namespace of its own: as they are, until
+    told to fail."""
 
     SCRIPT = r"""#!/bin/sh
 words=/dev/stderr  # where it says what is wrong
@@ -2509,12 +2763,14 @@ case $(cat "{flag}") in
 esac
 XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
 """
-    # iptables: the first place where the monitor looks for programs; gpg: where the listener finds it
+    # iptables: the first place where the monitor looks for programs; gpg: where the listener finds
+    # it
     COVER = 'mount --bind "$0" /usr/local/sbin && mount --bind "$0/gpg" /usr/bin/gpg && exec "$@"'
 
     def __init__(self, lab, legacy=""):
         (place := lab.new("fakes")).mkdir()
-        self.flag, self.prefix = write(place / "flag", "none", mode=0o644), ("sh", "-c", self.COVER, place)
+        self.flag, self.prefix = write(place / "flag", "none", mode=0o644), \
+            ("sh", "-c", self.COVER, place)
         self.shown = write(place / "flag.shown", "", mode=0o666)
         shutil.copy("/usr/bin/gpg", place / "gpg.real")
         write(place / "gpg", self.SCRIPT.format(name="gpg", real=place / "gpg.real",
@@ -2560,12 +2816,14 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
     with serving(idle, program=idle.lab.program("tariq.UNSEAL_TIME = 10")) as server:
         opens(idle, "O", "23")
         agent = agent_of(idle.ring)
-        os.kill(agent, signal.SIGSTOP)  # gpg waits for it now, so that it dies in the middle for sure
+        # gpg waits for it now, so that it dies in the middle for sure
+        os.kill(agent, signal.SIGSTOP)
         try:
             with knocking(idle, "O", "24") as waits:
                 wait_for(lambda: children(server.listener), "no gpg")
                 kill_agent()
-                assert "opened tcp/24" in waits.communicate(timeout=2 * LONG)[0] and waits.returncode == 0
+                assert "opened tcp/24" in waits.communicate(timeout=2 * LONG)[0] \
+                    and waits.returncode == 0
         finally:
             with suppress(ProcessLookupError):
                 os.kill(agent, signal.SIGKILL)
@@ -2580,7 +2838,8 @@ def test_a_gpg_agent_killed_in_mid_exchange_spoils_no_later_knock(idle):
             timer.join()
         assert statuses <= {0, NO_ANSWER}
         opens(idle)
-        assert {re.search(r"--dport (\d+)", rule)[1] for rule in idle.server.rules()} - {"23"} == {"24", "22"}
+        assert {re.search(r"--dport (\d+)",
+                          rule)[1] for rule in idle.server.rules()} - {"23"} == {"24", "22"}
 
 def test_when_iptables_fails_the_client_is_told_why_and_doors_close_all_the_same(idle):
     fakes = Fakes(idle.lab)
@@ -2642,13 +2901,15 @@ def test_a_server_that_cannot_start_programs_goes_on_and_closes_doors_when_it_ca
         with serving(idle, program=program) as server:
             flag.touch()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(LONG) == 0 and server.log.count("Doors may be open") == 2, "it tries both"
+            assert server.process.wait(LONG) == 0 \
+                and server.log.count("Doors may be open") == 2, "it tries both"
             flag.unlink()
 
 def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
     """iptables-legacy: the one with a lock."""
     def ports():
-        return sorted(re.findall(r"(?m)^-A.* --dport (\d+)", idle.server.run("iptables-legacy", "-S", "tariq").stdout))
+        return sorted(re.findall(r"(?m)^-A.* --dport (\d+)",
+                                 idle.server.run("iptables-legacy", "-S", "tariq").stdout))
     if idle.server.run("iptables-legacy", "-S", check=False).returncode:
         pytest.skip("this kernel has no iptables-legacy")
     try:
@@ -2674,7 +2935,8 @@ def test_a_held_iptables_lock_delays_a_knock_or_fails_it_and_passes(idle):
             idle.server.run(program, "-F"), idle.server.run(program, "-X")
 
 def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(idle):
-    with serving(idle, ("sh", "-c", 'exec "$@" 2>/dev/full', "sh"), ready="", open_timeout=2) as server:
+    with serving(idle, ("sh", "-c", 'exec "$@" 2>/dev/full', "sh"), ready="",
+                 open_timeout=2) as server:
         deadline = deadline_of(opens(idle))
         wait_for(lambda: not idle.server.rules(), "the door stays")
         assert time.time() >= deadline
@@ -2683,7 +2945,8 @@ def test_a_full_disk_behind_the_log_keeps_no_door_from_opening_or_closing(idle):
 
 def test_a_full_disk_below_the_keyring_fails_no_later_knock(idle):
     (disk := idle.lab.new("disk")).mkdir()
-    own_disk = (f"mount -t tmpfs -o size=1m,nr_inodes=200,mode=755 tmpfs {disk}"  # for the server alone
+    # for the server alone
+    own_disk = (f"mount -t tmpfs -o size=1m,nr_inodes=200,mode=755 tmpfs {disk}"
                 f" && cp -a {idle.ring} {disk}/gpg && rm -f {disk}/gpg/S.* && exec \"$@\"")
     with serving(idle, ("sh", "-c", own_disk, "sh"), server_gpg_dir=disk / "gpg") as server:
         seen = Path(f"/proc/{server.process.pid}/root/{disk}")
@@ -2732,22 +2995,26 @@ def test_doors_close_and_knocks_work_again_though_the_clock_jumps(idle):
             opens(idle)
         assert "knock refused" not in server.log
 
-# ---- in from anywhere ------------------------------------------------------------------------------------------------
+# ---- in from anywhere ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lost", ["SYNs with data", "UDP"])
 @pytest.mark.parametrize("where", ["box", "box6"])
 def test_a_plain_knock_gets_in_through_a_router_that_drops_one_transport(live, lossy, lost, where):
     program = "iptables" if where == "box" else "ip6tables"
-    rule = ["-p", "udp"] if lost == "UDP" else ["-p", "tcp", "--syn", "-m", "length", "--length", "200:"]
+    rule = ["-p", "udp"] if lost == "UDP" else ["-p", "tcp", "--syn", "-m", "length",
+                                                "--length", "200:"]
     lossy.run(program, "-A", "loss", *rule, "-j", "DROP")
     opens(live, host=lossy.homes[0], where=where)
     only = "udp" if lost == "UDP" else "kernel"
-    fails(live, NO_ANSWER, "", "C", "22", host=lossy.homes[0], where=where, timeout=1, transport=only)
+    fails(live, NO_ANSWER, "", "C", "22", host=lossy.homes[0], where=where,
+          timeout=1, transport=only)
     counted = lossy.run(program, "-nvxL", "loss").stdout
     assert int(counted.splitlines()[2].split()[0]) >= 5, "the router drops nothing"
 
-def test_a_client_needs_no_package_and_udp_nothing_that_is_linuxs_own_nor_a_kernel_with_fast_open(live):
-    """Away with: scapy, Pillow, AF_PACKET, MSG_FASTOPEN, numbers for setsockopt, /proc. As on macOS, BSD, Termux."""
+def test_a_client_needs_no_package_and_udp_nothing_that_is_linuxs_own_nor_a_kernel_with_fast_open(
+        live):
+    """Away with: scapy, Pillow, AF_PACKET, MSG_FASTOPEN, numbers for setsockopt, /proc. As on
+    macOS, BSD, Termux."""
     no_package = "import sys\nfor name in ('scapy', 'PIL', 'ctypes.util'): sys.modules[name] = None\n"
     change = r"""
 import builtins, socket
@@ -2772,17 +3039,21 @@ def test_knocks_arrive_on_a_vlan_and_through_a_bridges_member_and_count_once(kin
         world, under = new_world(lab), "eth0"
         server = world.server
         if "vlan" in kind and "Unknown device type" in server.run(
-                "ip", "link", "add", "link", "eth0", "name", "try", "type", "vlan", "id", "9", check=False).stderr:
+                "ip", "link", "add", "link", "eth0", "name", "try", "type", "vlan", "id", "9",
+                check=False).stderr:
             pytest.skip("this kernel has no VLAN devices; the filter's test sends tagged frames")
         running = started(world)
         if "bridge" in kind:
-            for words in ("link add br0 type bridge forward_delay 0", "link set eth0 master br0", "addr flush eth0"):
+            for words in ("link add br0 type bridge forward_delay 0", "link set eth0 master br0",
+                          "addr flush eth0"):
                 server.run("ip", *words.split())
             set_up_link(server, "br0", f"{server.ip}/24")
             under = "br0"
         if "vlan" in kind:
-            for host, link, address in ((server, under, "203.0.113.1"), (world.client, "eth0", "203.0.113.2")):
-                host.run("ip", "link", "add", "link", link, "name", "lan7", "type", "vlan", "id", "7")
+            for host, link, address in ((server, under, "203.0.113.1"),
+                                        (world.client, "eth0", "203.0.113.2")):
+                host.run("ip", "link", "add", "link", link, "name", "lan7", "type",
+                         "vlan", "id", "7")
                 set_up_link(host, "lan7", f"{address}/24")
             edit(world.me, (server.ip, "203.0.113.1"))
         for transport in ("kernel", "udp", "crafted"):
@@ -3739,7 +4010,7 @@ def test_a_knock_with_a_keyring_that_was_moved_too_deep_has_words_for_it(live, s
     path = copied(live.me.parent / "gpg", long_path(live.lab, size))
     fails(live, 78, "too long", options=["-g", path])
 
-# ---- other firewalls -------------------------------------------------------------------------------------------------
+# ---- other firewalls -----------------------------------------------------------------------------
 
 def test_a_door_is_said_to_be_open_only_if_input_leads_to_it(idle):
     """As a firewall reload, iptables-restore or the README's way back may do."""
@@ -3764,7 +4035,8 @@ def test_where_the_kernel_knows_no_time_the_server_ends_doors_itself(idle):
     extension = sh("sh", "-c", "ls /usr/lib/*/xtables/libxt_time.so").stdout.strip()
     prefix = ("sh", "-c", f'mount --bind /dev/null {extension} && exec "$@"', "sh")
     with serving(idle, prefix, open_timeout=SOON) as server:
-        assert "refuses a rule with a time limit" in server.log and "server ends doors" in server.log
+        assert "refuses a rule with a time limit" in server.log \
+            and "server ends doors" in server.log
         deadline = deadline_of(opens(idle))
         assert "--datestop" not in idle.server.rules()[0] and idle.client.connects(idle.server.ip)
         wait_for(lambda: not idle.server.rules(), "the door stays")
@@ -3983,9 +4255,12 @@ def test_check_of_a_good_server_exits_with_0(live):
 
 def test_check_says_what_is_reached_without_a_knock(live):
     """What listens and is public; what a Docker has made, here by its rule, passes INPUT by."""
-    assert "who reaches what listens: 22/tcp." in check(live).stderr and "Docker" not in check(live).stderr
-    public = write(live.lab.new("conf"), with_settings(live.conf.read_text(), {"public_ports": "22, 80"}))
-    none = write(live.lab.new("conf"), with_settings(live.conf.read_text(), {"public_ports": "none"}))
+    assert "who reaches what listens: 22/tcp." in check(live).stderr \
+        and "Docker" not in check(live).stderr
+    public = write(live.lab.new("conf"),
+                   with_settings(live.conf.read_text(), {"public_ports": "22, 80"}))
+    none = write(live.lab.new("conf"),
+                 with_settings(live.conf.read_text(), {"public_ports": "none"}))
     assert "Reached without a knock: 22/tcp.\n" in check(live, public).stderr
     assert "Reached without a knock: no port that listens.\n" in check(live, none).stderr
     nat = ("iptables", "-w", "-t", "nat")
@@ -4357,7 +4632,8 @@ def test_enroll_takes_key_and_profile_as_files_where_sudo_asks_for_a_password(fr
 
 
 @pytest.mark.parametrize("setting, value, code", [
-    ("server_key", "0" * 40, 78), ("server_gpg_dir", "/nonexistent", 69), ("server_gpg_dir", "/", 78)])
+    ("server_key", "0" * 40, 78), ("server_gpg_dir", "/nonexistent", 69),
+    ("server_gpg_dir", "/", 78)])
 def test_a_server_that_could_let_nobody_in_hides_nothing_at_its_start(idle, setting, value, code):
     conf = variant(idle, public_ports="none", **{setting: value})
     server = Server(idle.lab, idle.server, conf)
@@ -4651,7 +4927,8 @@ def test_other_public_ports_hold_from_the_next_start(bare):
 
 @pytest.mark.parametrize("edited", [
     ("public_ports = none", "public_ports = 80, 443,"), ("[server]", "[sever]")])
-def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_after_it(bare, edited):
+def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_after_it(bare,
+                                                                                        edited):
     """A request makes the server read it, and put back what a flush has taken meanwhile."""
     hide_at_start(bare)
     edit(bare.conf, edited)
@@ -4665,7 +4942,8 @@ def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_a
     assert jumps(bare) == HIDDEN and is_shut(bare, "box", 22)
 
 def test_a_stop_changes_nothing_in_input(bare):
-    """Whoever flushed it on purpose, from the console, is not locked out by the stop that follows."""
+    """Whoever flushed it on purpose, from the console, is not locked out by the stop that
+    follows."""
     hide_at_start(bare)
     for program in IPTABLES:
         bare.server.run(program, "-P", "INPUT", "ACCEPT")
@@ -4718,6 +4996,9 @@ def test_undo_takes_jump_chain_and_key_out_and_nothing_else(bare):
         assert (firewall(bare.server), bare.conf.read_text()) == before
     for where in ("box", "box6"):
         assert gets_in(bare, where)
+
+def test_undo_needs_no_standard_input(bare):
+    assert hide(bare, "--undo", prefix=("sh", "-c", 'exec "$@" <&-', "sh")).returncode == 0
 
 @pytest.mark.parametrize("request_", ["O 22", "O 99", "E id -u"])
 def test_what_was_undone_stays_undone_whatever_is_requested_next(bare, request_):
@@ -5027,7 +5308,7 @@ def test_path_mtu_errors_arrive(hidden, far, where):
     to = far.ip6 if where == "box6" else far.ip
     assert got == data and " mtu 1280" in hidden.server.run("ip", "route", "get", to).stdout
 
-# ---- what README.md says, done: its own commands, as written, on throwaway machines ----------------------------------
+# ---- what README.md says, done: its own commands, as written, on throwaway machines --------------
 
 README = (HERE / "README.md").read_text()
 NAMES = {"box": 10, "laptop": 20, "other": 30, "inside": 40}
@@ -5058,11 +5339,12 @@ exec setpriv-root --reuid=$user --regid=$user --init-groups env -i HOME=/root PA
 """
 
 class Machine(Host):
-    """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who may sudo."""
+    """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who
+    may sudo."""
 
     def __init__(self, site, name, server=False):
-        """A server has step 1 of the README's first hour done, any other one can do step 2: tariq.py is in its
-        place. Packages are there already; systemd is not."""
+        """A server has step 1 of the README's first hour done, any other one can do step 2:
+        tariq.py is in its place. Packages are there already; systemd is not."""
         self.pid = None
         super().__init__(site, name, NAMES[name])
         site.plug(self, "eth0", f"{self.ip}/24", f"{self.ip6}/64")
@@ -5071,7 +5353,8 @@ class Machine(Host):
         sudo = write(site.dir / "sudo", SUDO, mode=0o755)
         if not key.exists():
             sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
-        names = "".join(f"198.51.100.{number} {host} {host}.example.com\\n" for host, number in NAMES.items())
+        names = "".join(f"198.51.100.{number} {host} {host}.example.com\\n" for host,
+                        number in NAMES.items())
         script = f"""set -e
             mkdir {own}; mount -t tmpfs tmpfs {own}
             for path in /etc /usr/local/bin; do
@@ -5093,7 +5376,8 @@ class Machine(Host):
             done
             chown -R me: /home/me
             echo ready; exec sleep infinity"""
-        holder = self.popen("unshare", "--uts", "bash", "-c", script, stdout=PIPE, stderr=subprocess.STDOUT)
+        holder = self.popen("unshare", "--uts", "bash", "-c", script, stdout=PIPE,
+                            stderr=subprocess.STDOUT)
         said = holder.stdout.readline()
         assert said == "ready\n", said + holder.stdout.read()
         self.pid = holder.pid
@@ -5104,19 +5388,22 @@ class Machine(Host):
             return super().command(argv)
         start = ["nsenter", f"--target={self.pid}", "--mount", "--net", "--uts", "--"]
         if user is not None:
-            start += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "env", f"HOME=/home/{user}",
+            start += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "env",
+                      f"HOME=/home/{user}",
                       f"USER={user}"]
         return [*start, *(str(word) for word in argv)]
 
     def shell(self, script, user="me", **options):
-        """Run a script as its user would type it, in the home directory, up to the first command that fails."""
+        """Run a script as its user would type it, in the home directory, up to the first command
+        that fails."""
         return self.run("bash", "-c", f"set -eo pipefail; cd ~; {script}", user=user, **options)
 
     def serve(self, *prefix, drop=True):
         """The server in the background, as the unit starts it, behind a closed firewall."""
         if drop and "-P INPUT DROP" not in self.run("iptables", "-S", "INPUT").stdout:
             self.drop_policy()
-        return Server(self.lab, self, ROOT_CONF, "/usr/local/bin/tariq.py", prefix).wait_log("listening for")
+        return Server(self.lab, self, ROOT_CONF, "/usr/local/bin/tariq.py",
+                      prefix).wait_log("listening for")
 
     def knock(self, *words, timeout=LONG, check=True, options=(), **more):
         words = "tariq.py", "knock", "-t", timeout, *options, "box.example.com", *words
@@ -5195,7 +5482,8 @@ def test_where_sudo_asks_for_a_password_key_and_profile_go_as_files(remote, lapt
 
 def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, remote, laptop):
     first = type_enroll(remote, laptop)
-    for machine, path in (remote, "/etc/tariq/tariq.conf"), (laptop, "/home/me/.config/tariq/tariq.conf"):
+    for machine, path in (remote, "/etc/tariq/tariq.conf"), \
+        (laptop, "/home/me/.config/tariq/tariq.conf"):
         machine.shell(f"sudo sed -i '1i # mine: 1\\n; mine: 2' {path}; echo '# mine: 3' | sudo tee -a {path}")
     def state():
         mine = laptop.shell("cat .config/tariq/tariq.conf; tariq.py keygen me@laptop").stdout
@@ -5216,7 +5504,8 @@ def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, r
 
 def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(remote, laptop):
     """Sampled from /proc while the line runs, on both machines."""
-    secrets, seen = remote.shell("sudo sed -n 's/^secret.* = //p' /etc/tariq/tariq.conf").stdout.split(), ""
+    secrets, seen = remote.shell(
+        "sudo sed -n 's/^secret.* = //p' /etc/tariq/tariq.conf").stdout.split(), ""
     with ThreadPoolExecutor(1) as pool:
         line = pool.submit(type_enroll, remote, laptop)
         while not line.done():
@@ -5257,7 +5546,8 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     refused = laptop.knock("O", "22", check=False)
     assert refused.returncode == REFUSED and "may not O 22" in refused.stderr
     remote.shell(delete.replace("FINGERPRINT", key))
-    assert laptop.knock("O", "22", timeout=2, check=False).returncode == NO_ANSWER  # unknown: not even answered
+    # unknown: not even answered
+    assert laptop.knock("O", "22", timeout=2, check=False).returncode == NO_ANSWER
     server.wait_log("198.51.100.20: knock refused: ")
     assert "opened" in other.knock("O", "22").stdout
 
@@ -5296,7 +5586,8 @@ def test_ssh_knocks_by_itself_with_the_recipe(site, remote, laptop):
     assert not laptop.ssh()
     laptop.shell(f"cat >> ~/.ssh/config "
         f"<<'END'\n{blocks('ssh that knocks by itself', 'ssh-config')[0]}END")
-    assert laptop.shell("ssh me@box.example.com id -un").stdout == "me\n"  # and nothing of the knock's
+    # and nothing of the knock's
+    assert laptop.shell("ssh me@box.example.com id -un").stdout == "me\n"
     assert "opened tcp/22" in server.log and len(remote.rules()) == 1
     assert laptop.shell("echo hello | ssh me@box.example.com cat").stdout == "hello\n"
     assert not Machine(site, "other").connects(remote.ip)
@@ -5324,7 +5615,7 @@ def test_every_anchor_in_the_readme_leads_somewhere():
                 for line in README.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
 
-# ---- keys with a passphrase ------------------------------------------------------------------------------------------
+# ---- keys with a passphrase ----------------------------------------------------------------------
 
 PINENTRY = """#!/bin/bash
 # Types the passphrase, and counts how often it was asked to.
@@ -5341,7 +5632,8 @@ AGENT_CONF = "~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/ta
 
 @pytest.fixture(scope="module")
 def with_passphrase():
-    """An enrolled client whose key got a passphrase by the README's command, and a pinentry that types it."""
+    """An enrolled client whose key got a passphrase by the README's command, and a pinentry that
+    types it."""
     with Lab() as site:
         remote, laptop = Machine(site, "box", server=True), Machine(site, "laptop")
         type_enroll(remote, laptop)
@@ -5352,13 +5644,15 @@ def with_passphrase():
         yield laptop
 
 def test_a_passphrase_is_asked_by_pinentry_once_and_then_remembered(with_passphrase):
-    with_passphrase.shell(f"rm -f asked; echo pinentry-program /home/me/pinentry > {AGENT_CONF}")  # it knows nothing yet
+    # it knows nothing yet
+    with_passphrase.shell(f"rm -f asked; echo pinentry-program /home/me/pinentry > {AGENT_CONF}")
     for words in (("O", "22"), ("C", "22")):
         with_passphrase.knock(*words)
         assert with_passphrase.shell("cat asked").stdout == "asked\n"
 
 def knock_on_a_terminal(client, types, redirect=""):
-    """Knock on a pseudo-terminal where somebody types into pinentry-curses -> (exit code, all that it showed)."""
+    """Knock on a pseudo-terminal where somebody types into pinentry-curses -> (exit code, all that
+    it showed)."""
     client.shell(f"rm -f {AGENT_CONF}")
     pid, terminal = pty.fork()
     if pid == 0:
@@ -5386,7 +5680,8 @@ def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(with
     redirect):
     """`Match exec` gives the command /dev/null as input and output; its stderr is the terminal."""
     code, said = knock_on_a_terminal(with_passphrase, b"correct-horse-7\r", redirect)
-    assert code == 0 and b"correct-horse" not in said and (redirect or b"opened tcp/22" in said), said
+    assert code == 0 and b"correct-horse" not in said \
+        and (redirect or b"opened tcp/22" in said), said
 
 def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(with_passphrase):
     code, said = knock_on_a_terminal(with_passphrase, b"wrong\r")
@@ -5396,11 +5691,12 @@ def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(with
     assert done.returncode == 65 and "there is no terminal" in done.stderr
     assert done.stderr.count("\n") == 1
 
-# ---- words: each line as its reader sees it --------------------------------------------------------------------------
+# ---- words: each line as its reader sees it ------------------------------------------------------
 
 def reads(done, code, line):
-    """Insist that a program ended with this code and that this was all it said, one line, which its reader can act on.
-    A * in the line is a word that differs from run to run, as a time does; ** are any words."""
+    """Insist that a program ended with this code and that this was all it said, one line, which its
+    reader can act on. A * in the line is a word that differs from run to run, as a time does; **
+    are any words."""
     pattern = re.escape(f"tariq: {line}\n").replace(r"\*\*", ".+").replace(r"\*", r"\S+")
     assert done.returncode == code and re.fullmatch(pattern,
         done.stderr) and done.stdout == "", (line, done)
@@ -5684,7 +5980,8 @@ def test_the_words_of_the_log_for_a_knock_that_gets_no_answer(idle):
                junk.frames()))
         deaf = Peer(idle).seal()
         logged(": me@laptop got a challenge, and did not answer it: lost on the way, or the "
-               "client got in by another, or somebody relays its knocks.", "me@laptop got a challenge, and did not answer it: ...", (deaf,
+               "client got in by another, or somebody relays its knocks.",
+               "me@laptop got a challenge, and did not answer it: ...", (deaf,
                deaf.frames()))
         for name, line, shown in (
                 ("unknown", f"{keys['unknown'][-16:]}, or a new subkey of it is not in the "
@@ -5719,7 +6016,8 @@ def test_the_words_of_init_and_check(site, remote, laptop):
                      "root@box tariq.py enroll "
                      '--allow "O 22" | tariq.py join box']
     type_enroll(remote, laptop)
-    assert len(remote.shell("sudo tariq.py init 2>&1").stdout.splitlines()) == 1, "a client is there: no next step"
+    assert len(remote.shell("sudo tariq.py init 2>&1").stdout.splitlines()) == 1, \
+        "a client is there: no next step"
     remote.serve()
     well = ["The key of [server] is good, and expires: never.", "The key of [allow me@laptop] is "
         "good, and expires: never.",
@@ -5749,7 +6047,8 @@ def test_each_line_that_the_readme_shows_or_explains_is_one_of_the_programs():
     shown = [line for language, block in re.findall(r"(?ms)^```(\S*)\n(.*?)^```$", README)
              for line in block.splitlines() if not language]
     shown += re.findall(r"(?m)^- `([^`]*)`", README)
-    parts = [" ".join(part.split()).strip(" ,.") for line in shown for part in re.split(varies, line)
+    parts = [" ".join(part.split()).strip(" ,.") for line in shown
+             for part in re.split(varies, line)
              if not line.startswith(("$", "+", "ssh: "))]
     parts = [part for part in parts if len(part.split()) >= 3]
     assert len(parts) > 30 and [part for part in parts if part not in known] == []
@@ -5763,7 +6062,8 @@ def test_help_has_two_sentences_an_example_that_can_be_typed_and_words_for_each_
         said = sh(sys.executable, TARIQ, command, "--help").stdout
         sentences, examples = re.search(r"(?s)\n\n(.*?) Examples?:\n\n(.*?)\n\n", said).groups()
         assert len(re.split(r"(?<=\.)\s+", sentences)) == 2, sentences
-        commands = [re.sub(" [<>] .*", "", re.sub(r"^ *(ssh \S+ )?(sudo )?", "", part)).split(None, 1)
+        commands = [re.sub(" [<>] .*", "",
+                           re.sub(r"^ *(ssh \S+ )?(sudo )?", "", part)).split(None, 1)
                     for part in re.split(r"[|\n]", re.sub(r"\\\n *", "", examples))]
         assert any(words.split()[0] == command for _, words in commands), examples
         for program, words in commands:
@@ -5777,15 +6077,15 @@ def test_version_says_which_file_this_is():
     digest = sh("sha256sum", TARIQ).stdout.split()[0]
     assert sh(sys.executable, TARIQ, "--version").stdout == f"tariq.py 3.0, SHA-256 {digest}\n"
 
-# ---- the service -----------------------------------------------------------------------------------------------------
+# ---- the service ---------------------------------------------------------------------------------
 
 def unit(key):
     """The words of a setting of the unit that `init` writes."""
     return " ".join(re.findall(f"(?m)^{key}=(.*)$", tariq.UNIT)).split()
 
 def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
-    """What systemd does, done with the kernel's own means: the exact bounding set, no new privileges, a read-only
-    system but for ReadWritePaths, no homes, a private /tmp."""
+    """What systemd does, done with the kernel's own means: the exact bounding set, no new
+    privileges, a read-only system but for ReadWritePaths, no homes, a private /tmp."""
     type_enroll(remote, laptop)
     remote.shell("sudo sed -i 's/^    C 22.*/    C 22\\n    E sh */' /etc/tariq/tariq.conf")
     writable = unit("ReadWritePaths")
@@ -5798,7 +6098,8 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
         for path in /tmp /home /root; do mount -t tmpfs -o mode=1777 tmpfs $path; done
         exec "$@" """
     names = [name.removeprefix("CAP_").lower() for name in unit("CapabilityBoundingSet")]
-    server = remote.serve("unshare", "--mount", "bash", "-c", script, "bash", "setpriv", "--no-new-privs",
+    server = remote.serve("unshare", "--mount", "bash", "-c", script, "bash",
+                          "setpriv", "--no-new-privs",
                           f"--bounding-set={','.join(['-all', *(f'+{name}' for name in names)])}")
     assert "opened" in laptop.knock("O", "22").stdout and laptop.connects(remote.ip)
     look = "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /x /etc/x /usr/x /var/x /root/y; id -u"
@@ -5811,16 +6112,19 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
 def test_the_unit_is_valid_little_exposed_and_lets_through_all_that_the_server_does(remote, laptop):
-    """Traced: every system call is in the SystemCallFilter, every socket's family in RestrictAddressFamilies."""
+    """Traced: every system call is in the SystemCallFilter, every socket's family in
+    RestrictAddressFamilies."""
     def analyze(*words):
         return remote.run("systemd-analyze", *words)
     def members(name):
-        return set().union(*(members(word) for word in groups[name])) if name.startswith("@") else {name}
+        return set().union(*(members(word)
+                             for word in groups[name])) if name.startswith("@") else {name}
     path, trace = "/etc/systemd/system/tariq.service", remote.lab.new("trace")
     remote.shell(f"sudo tee {path} >/dev/null", input=tariq.UNIT)
     done = analyze("verify", path)
     assert "tariq" not in done.stdout + done.stderr
-    # 0 to 100; an unhardened service of root has 96. What is left is root itself, six capabilities and the network.
+    # 0 to 100; an unhardened service of root has 96. What is left is root itself, six capabilities
+    # and the network.
     analyze("security", "--offline=yes", "--threshold=35", path)
     type_enroll(remote, laptop)
     groups = {name: re.findall(r"(?m)^    +([^# ]\S*)", text) for name, text in re.findall(
@@ -5838,10 +6142,12 @@ def test_the_unit_is_valid_little_exposed_and_lets_through_all_that_the_server_d
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: run as root")
 @pytest.mark.parametrize("interrupted_at", [None, "Three hosts", "opened tcp/22"])
-def test_the_demo_shows_what_the_readme_says_and_leaves_nothing_also_after_ctrl_c(tmp_path, interrupted_at):
+def test_the_demo_shows_what_the_readme_says_and_leaves_nothing_also_after_ctrl_c(tmp_path,
+                                                                                  interrupted_at):
     path = tmp_path / "demo"
     with open(path, "w") as file:
-        process = subprocess.Popen([sys.executable, HERE / "test_tariq.py", "demo"], stdin=DEVNULL, stdout=file,
+        process = subprocess.Popen([sys.executable, HERE / "test_tariq.py", "demo"],
+                                   stdin=DEVNULL, stdout=file,
                                    stderr=file, start_new_session=True)
     if interrupted_at:
         wait_for(lambda: interrupted_at in path.read_text(), "it does not come so far")
@@ -5849,18 +6155,21 @@ def test_the_demo_shows_what_the_readme_says_and_leaves_nothing_also_after_ctrl_
     code, said = process.wait(600), path.read_text()
     assert f"tq-{process.pid}-" not in sh("ip", "netns").stdout
     if interrupted_at:
-        assert code == 130 and "Traceback" not in said and said.endswith("interrupted: all of it is removed\n"), said
+        assert code == 130 and "Traceback" not in said \
+            and said.endswith("interrupted: all of it is removed\n"), said
         return
     assert code == 0, said
-    steps = ["ignored states", "exit status 124", "opened tcp/22 on box for 198.51.100.20", "SSH-2.0", "--datestop",
-             "ignored states", "up ", "refused: ", "by udp", "closed tcp/22", "0 came back", "exit status 124"]
+    steps = ["ignored states", "exit status 124", "opened tcp/22 on box for 198.51.100.20",
+             "SSH-2.0", "--datestop",
+             "ignored states", "up ", "refused: ", "by udp", "closed tcp/22", "0 came back",
+             "exit status 124"]
     assert all(step in said for step in steps) and said.count("65535 scanned ports") == 2
     at = [said.index(step) for step in steps[2:5] + steps[7:9] + steps[10:11]]
     assert at == sorted(at)
 
 def demo():
-    """Three throwaway hosts, a closed door and a knock. What stands after a $ is run as it stands; the demo fails where
-    the output is not what the words before it say."""
+    """Three throwaway hosts, a closed door and a knock. What stands after a $ is run as it stands;
+    the demo fails where the output is not what the words before it say."""
     def say(text):
         print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
     def show(host, *argv, expect="", without="\0", user=None):
@@ -5871,24 +6180,29 @@ def demo():
         print(lines or f"  (nothing; exit status {done.returncode})", flush=True)
         assert expect in said and without not in said, f"not as announced: {expect or without!r}"
     def knock(expect, *words):
-        show(client, "./tariq.py", "knock", "-c", "client/tariq.conf", *words, expect=expect, user=NOBODY)
+        show(client, "./tariq.py", "knock", "-c", "client/tariq.conf", *words,
+             expect=expect, user=NOBODY)
     def banner(**options):
         seconds = 30 if "expect" in options else 1
         show(client, "timeout", seconds, "bash", "-c", f"head -1 < /dev/tcp/{server.ip}/22",
             **options)
     def scan():
-        show(world.other, "nmap", "-n", "-Pn", "-p-", "--min-rate", "30000", "--max-retries", "0", server.ip,
+        show(world.other, "nmap", "-n", "-Pn", "-p-", "--min-rate", "30000",
+             "--max-retries", "0", server.ip,
              expect="All 65535 scanned ports", without="/tcp open")
     if os.geteuid():
         sys.exit("the demo builds network namespaces: sudo ./test_tariq.py demo")
-    missing = [program for program in ("ip", "iptables", "nmap", "gpg", "/usr/sbin/sshd") if not shutil.which(program)]
+    missing = [program for program in ("ip", "iptables", "nmap", "gpg",
+                                       "/usr/sbin/sshd") if not shutil.which(program)]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}. See the README's first command")
-    for number in (signal.SIGINT, signal.SIGTERM):  # both leave through the `with` below, which removes everything
+    # both leave through the `with` below, which removes everything
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         with Lab() as lab, ExitStack() as stack:
-            stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)  # runs first: nothing interrupts the removal
+            # runs first: nothing interrupts the removal
+            stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)
             say("Three hosts in network namespaces: a server, a client and a scanner. Yours are not touched.")
             world = new_world(lab, other="scanner", allow=("O 22", "C 22", "E uptime *"))
             server, client, running = world.server, world.client, started(world)
@@ -5910,7 +6224,8 @@ def demo():
             knock("up ", "box", "E", "uptime", "--pretty")
             knock("refused: ", "box", "E", "cat", "/etc/shadow")
             say("A firewall on the way now drops SYNs with data, as some do. The second try goes by UDP, and closes:")
-            client.run("iptables", "-A", "OUTPUT", *"-p tcp --syn -m length --length 200: -j DROP".split())
+            client.run("iptables", "-A", "OUTPUT",
+                       *"-p tcp --syn -m length --length 200: -j DROP".split())
             knock("closed tcp/22", "-v", "box", "C", "22")
             client.run("iptables", "-F", "OUTPUT")
             banner(without="SSH")
@@ -5932,7 +6247,7 @@ def demo():
         return 130
     return 0
 
-# ---- a real machine: the README's first hour, typed on a fresh Debian in qemu ------------------------------------------
+# ---- a real machine: the README's first hour, typed on a fresh Debian in qemu --------------------
 
 IMAGES = Path(os.environ.get("TARIQ_MACHINE_CACHE", "/var/cache/tariq-test-machine"))
 PATIENCE = 900  # seconds: where the processor is emulated and shared, a boot may take minutes
@@ -5993,7 +6308,8 @@ rm -rf "$tree"
 def image(packages, release):
     """The directory of a fresh machine's disk, kernel and initrd; made where the cache has none of
     this very recipe."""
-    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages, release)).encode()).hexdigest()[:16]
+    recipe = hashlib.sha256("\0".join((MAKE_IMAGE, DEBIAN, packages,
+                                       release)).encode()).hexdigest()[:16]
     made, making = IMAGES / recipe, IMAGES / "making"
     IMAGES.mkdir(parents=True, exist_ok=True)
     with open(IMAGES / "lock", "w") as lock:
@@ -6007,7 +6323,8 @@ def image(packages, release):
             mirror = next(line for line in targets if "security" not in line)
             # Namespaces of its own: what is mounted or runs in there goes when it ends.
             sh("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
-               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages, release, timeout=3600)
+               "sh", "-c", MAKE_IMAGE, "sh", making, mirror, DEBIAN, packages,
+               release, timeout=3600)
             making.rename(made)
     return made
 
@@ -6207,7 +6524,8 @@ class FirstHour:
         while "hidden for good" not in said:  # a slow machine may need more than its two minutes
             said = self.try_to_hide()
         self.say(f"That was the first hour: {self.typed} lines typed.")
-        said = self.on_box("sudo tariq.py check", said="Reached without a knock: no port that listens.")
+        said = self.on_box("sudo tariq.py check",
+                           said="Reached without a knock: no port that listens.")
         assert "The clock is not synchronised" in said, "it has no way out to set it by"
         assert not self.stranger.connects(self.addresses[0], timeout=3)
         self.close()
@@ -6335,7 +6653,7 @@ def machine(release="trixie"):
             print(f"\nthe machine's console:\n{hour.guest.last_words()}", flush=True)
             raise
 
-# ---- the benchmarks --------------------------------------------------------------------------------------------------
+# ---- the benchmarks ------------------------------------------------------------------------------
 
 SECOND = "476c5ac"  # the second design's last commit: `bench latency` measures it, too
 RATIOS = {"kernel": 0.55, "udp": 0.5, "crafted": 1.2}  # wanted, to fwknop with GPG in the same run
@@ -6390,8 +6708,9 @@ def second_design():
 # == latency: from the command's start to the open port, beside other tools ==
 
 def start_fwknop(world, kind, port):
-    """fwknop as its manual sets it up, defaults where there are any (it looks for packets each 0.1 s); kind: gpg or
-    rijndael -> (command, close). Each kind has its own daemon, so that neither tries the other's keys."""
+    """fwknop as its manual sets it up, defaults where there are any (it looks for packets each 0.1
+    s); kind: gpg or rijndael -> (command, close). Each kind has its own daemon, so that neither
+    tries the other's keys."""
     directory, chain = world.lab.dir / f"fwknop-{kind}", f"FWKNOP_{kind.upper()}"
     directory.mkdir(mode=0o711)
     hmac_key, key = (base64.b64encode(os.urandom(size)).decode() for size in (64, 32))
@@ -6404,7 +6723,8 @@ def start_fwknop(world, kind, port):
         homes = directory / "server", directory / "client"
         for home, owner in zip(homes, (0, NOBODY)):
             sh("install", "-d", "-m", "700", "-o", owner, "-g", owner, home)
-        own, user = (generate(home, f"{home.name}@bench", "rsa2048") for home in homes)  # it takes no newer kind
+        # it takes no newer kind
+        own, user = (generate(home, f"{home.name}@bench", "rsa2048") for home in homes)
         for home, other, other_key in (*homes, user), (*homes[::-1], own):
             gpg(home, "--import", input=gpg(other, "--armor", "--export", other_key).stdout)
             gpg(home, "--import-ownertrust", input=f"{other_key}:6:\n")
@@ -6416,9 +6736,11 @@ def start_fwknop(world, kind, port):
         access, profile = f"{access}KEY_BASE64 {key}\n", f"{profile}KEY_BASE64 {key}\n"
     settings = (f"PCAP_INTF eth0;\nENABLE_PCAP_PROMISC N;\nPCAP_FILTER udp port {port};\nFWKNOP_RUN_DIR {directory};\n"
                 f"IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, {chain}, 1;\n")
-    words = write(directory / "fwknopd.conf", settings), "-a", write(directory / "access.conf", access)
+    words = write(directory / "fwknopd.conf", settings), "-a", \
+        write(directory / "access.conf", access)
     world.server.popen("fwknopd", "-f", "-c", *words, stdout=DEVNULL, stderr=DEVNULL, stdin=DEVNULL)
-    command = ["fwknop", "--rc-file", write(directory / "fwknoprc", profile, NOBODY), "--no-save-args", "-n", "box"]
+    command = ["fwknop", "--rc-file", write(directory / "fwknoprc", profile, NOBODY),
+               "--no-save-args", "-n", "box"]
     return command, lambda: world.server.run("iptables", "-F", chain)
 
 def start_knockd(world):
@@ -6431,7 +6753,8 @@ def start_knockd(world):
         server.run("iptables", *words.split())
     words = "knockd", "-i", "eth0", "-c", path, "-p", world.lab.dir / "knockd.pid"
     server.popen(*words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
-    return ["knock", server.ip, "7000", "8000", "9000"], lambda: server.run("iptables", "-F", "KNOCKD")
+    return ["knock", server.ip, "7000", "8000", "9000"], \
+        lambda: server.run("iptables", "-F", "KNOCKD")
 
 def knock_tools(world, name):
     """{name of the tool: (its command, what shuts its door)} of a Tariq, each transport."""
@@ -6453,7 +6776,8 @@ def measure_tools(world, tools, rounds):
     return times
 
 def bench_latency(rounds=20):
-    """Time from command start to the first TCP connect, every tool in each round, doors shut in between."""
+    """Time from command start to the first TCP connect, every tool in each round, doors shut in
+    between."""
     with Lab() as lab:
         world = new_world(lab)
         started(world)
@@ -6464,8 +6788,10 @@ def bench_latency(rounds=20):
             tools |= knock_tools(worlds["second design"], "second design")
         else:
             print(f"the second design: left out: no git repository with {SECOND} around this file")
-        for tool, program, start, *how in (("fwknop, GPG + HMAC", "fwknopd", start_fwknop, "gpg", 62201),
-                                           ("fwknop, Rijndael + HMAC", "fwknopd", start_fwknop, "rijndael", 62202),
+        for tool, program, start, \
+            *how in (("fwknop, GPG + HMAC", "fwknopd", start_fwknop, "gpg", 62201),
+                                           ("fwknop, Rijndael + HMAC", "fwknopd", start_fwknop,
+                                            "rijndael", 62202),
                                            ("knockd, no cryptography", "knockd", start_knockd)):
             if shutil.which(program):
                 tools[tool] = start(world, *how)
@@ -6588,23 +6914,29 @@ def scapy_reply():
     return bytes(IP(src="192.0.2.1", dst="192.0.2.2") / TCP(flags="SA") / bytes(100))
 
 def probe(address, command):
-    """In the client's namespace: ms from a command's start to the first connect, started here, so that `ip netns exec`
-    is not measured. A knock that fails ends the benchmark: its figure would mean nothing."""
+    """In the client's namespace: ms from a command's start to the first connect, started here, so
+    that `ip netns exec` is not measured. A knock that fails ends the benchmark: its figure would
+    mean nothing."""
     def is_open():
-        """Try to connect for 1 ms, with a new socket: a SYN that meets a shut door is dropped in silence, and the
-        kernel's own repetition of it would come a second later. The door needs no more than 0.1 ms in the lab."""
+        """Try to connect for 1 ms, with a new socket: a SYN that meets a shut door is dropped in
+        silence, and the kernel's own repetition of it would come a second later. The door needs no
+        more than 0.1 ms in the lab."""
         with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave nothing behind
+            # leave nothing behind
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.setblocking(False)
             sock.connect_ex((address, 22))
-            return select.select([], [sock], [], 0.001)[1] and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            return select.select([], [sock], [], 0.001)[1] \
+                and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     assert not is_open(), "the door is open before the knock"
     began, opened = time.perf_counter(), False
-    process = subprocess.Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdin=DEVNULL, stdout=PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     while not opened and time.perf_counter() < began + GIVE_UP:
         opened = is_open()
     took, said = (time.perf_counter() - began) * 1e3, process.communicate()[0]
-    assert opened and process.returncode == 0, f"{command}: exit {process.returncode}, {took:.0f} ms: {said}"
+    assert opened and process.returncode == 0, \
+        f"{command}: exit {process.returncode}, {took:.0f} ms: {said}"
     return took
 
 # == clients: a knock beside so many others who are enrolled ==
@@ -6901,7 +7233,8 @@ IN_TIME = 1.0  # seconds in which one of them has to be answered
 def garbage_syn(link, source, destination, port, size=GARBAGE):
     """A SYN with random payload and right checksums: a wrong one would spare the server work."""
     from scapy.layers.inet import IP, TCP
-    syn = TCP(sport=random.randint(1024, 65535), dport=port, flags="S", seq=random.getrandbits(32), window=64240)
+    syn = TCP(sport=random.randint(1024, 65535), dport=port, flags="S",
+              seq=random.getrandbits(32), window=64240)
     return link + bytes(IP(src=source, dst=destination, flags="DF") / syn / os.urandom(size))
 
 def link_header(source, destination):
@@ -6910,29 +7243,37 @@ def link_header(source, destination):
     return bytes.fromhex(macs.replace(":", "") + "0800")
 
 def part_flood(link, source, destination, ports, rate):
-    """In the attacker's namespace: send garbage at a rate, until stdin ends or FLOOD_LONGEST. source: an address, or
-    'many' for a different one in each frame. sendmmsg(2) leaves a sixth more of the core to the others than send(2)."""
+    """In the attacker's namespace: send garbage at a rate, until stdin ends or FLOOD_LONGEST.
+    source: an address, or 'many' for a different one in each frame. sendmmsg(2) leaves a sixth more
+    of the core to the others than send(2)."""
     link, rate, ports = bytes.fromhex(link), int(rate), [int(port) for port in ports.split(",")]
     sources = [source] * POOL
     if source == "many":  # of RFC 2544's addresses, which are for benchmarks
         sources = [f"198.18.{random.getrandbits(8)}.{random.randint(1, 254)}" for _ in range(POOL)]
-    frames = [garbage_syn(link, source, destination, port) for source, port in zip(sources, itertools.cycle(ports))]
+    frames = [garbage_syn(link, source, destination, port) for source,
+              port in zip(sources, itertools.cycle(ports))]
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     sock.setsockopt(263, 20, 1)  # SOL_PACKET, PACKET_QDISC_BYPASS: straight to the driver
     sock.bind(("eth0", 0))
-    # struct iovec and struct mmsghdr (64 bytes) on a 64-bit Linux, one of each for a frame; all frames have one size.
+    # struct iovec and struct mmsghdr (64 bytes) on a 64-bit Linux, one of each for a frame; all
+    # frames have one size.
     data, size = ctypes.create_string_buffer(b"".join(frames)), len(frames[0])
     vectors = ctypes.create_string_buffer(b"".join(
         struct.pack("QQ", ctypes.addressof(data) + size * number, size) for number in range(POOL)))
     headers = ctypes.create_string_buffer(b"".join(
-        struct.pack("8Q", 0, 0, ctypes.addressof(vectors) + 16 * number, 1, 0, 0, 0, 0) for number in range(POOL)))
+        struct.pack("8Q", 0, 0, ctypes.addressof(vectors) + 16 * number, 1, 0, 0, 0,
+                    0) for number in range(POOL)))
     sendmmsg, place, sent = ctypes.CDLL(None).sendmmsg, 0, 0
     print("ready", flush=True)
     began = time.monotonic()
-    while (now := time.monotonic() - began) < FLOOD_LONGEST and not select.select([sys.stdin], [], [], 0)[0]:
-        due, sent = min(int(now * rate) - sent, rate), int(now * rate)  # at most a second that it missed is made up for
-        while due > 0:  # to the end of the pool at most; a frame that the wire does not take is skipped
-            done = max(1, sendmmsg(sock.fileno(), ctypes.byref(headers, 64 * place), min(due, POOL - place), 0))
+    while (now := time.monotonic() - began) < FLOOD_LONGEST \
+        and not select.select([sys.stdin], [], [], 0)[0]:
+        # at most a second that it missed is made up for
+        due, sent = min(int(now * rate) - sent, rate), int(now * rate)
+        # to the end of the pool at most; a frame that the wire does not take is skipped
+        while due > 0:
+            done = max(1, sendmmsg(sock.fileno(), ctypes.byref(headers, 64 * place),
+                                   min(due, POOL - place), 0))
             place, due = (place + done) % POOL, due - done
         time.sleep(max(0, began + now + BATCH - time.monotonic()))
 
@@ -6962,7 +7303,8 @@ def flood(world, source, rate):
         sender.communicate()
 
 def knock_once(world):
-    """A door that is shut, opened and gone through -> the time of the opening in ms, or None where it failed."""
+    """A door that is shut, opened and gone through -> the time of the opening in ms, or None where
+    it failed."""
     def is_open():
         return any(f"-s {world.client.ip}/32" in rule for rule in world.server.rules())
     for _ in range(3):
@@ -6971,7 +7313,8 @@ def knock_once(world):
     began, shut = time.perf_counter(), not is_open()
     done = knock(world, transport="kernel")
     took = (time.perf_counter() - began) * 1e3
-    return took if shut and done.returncode == 0 and world.client.connects(world.server.ip, timeout=3) else None
+    return took if shut and done.returncode == 0 \
+        and world.client.connects(world.server.ip, timeout=3) else None
 
 FLOOD_COLUMNS = ("asked/s", "sent/s", "got/s", f"of {OFFERED}", "median", "longest", "CPU", "left",
                  "opened", "median", "longest", "CPU", "listener", "monitor")
@@ -7193,7 +7536,7 @@ def show_observed(world, title, recorded):
           f"payloads of {sizes} bytes;\n  from the first packet to the last {min(lasted):.0f} to "
           f"{max(lasted):.0f} ms")
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 def main():
     name, *arguments = sys.argv[1:] or ["test"]
@@ -7207,12 +7550,14 @@ def main():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing behind
         return machine(*arguments)
     if name == "bench":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` too shall leave no namespace behind
+        # `timeout` too shall leave no namespace behind
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if arguments and arguments[0] in benches:
             return benches[arguments[0]](*map(int, arguments[1:]))
         sys.exit(__doc__)
     side_by_side = ["-n", "3"] if importlib.util.find_spec("xdist") else []  # they wait a lot
-    return pytest.main(["-q", "-p", "no:cacheprovider", *side_by_side, str(HERE / "test_tariq.py"), *sys.argv[1:]])
+    return pytest.main(["-q", "-p", "no:cacheprovider", *side_by_side,
+                        str(HERE / "test_tariq.py"), *sys.argv[1:]])
 
 if __name__ == "__main__":
     sys.exit(main())
