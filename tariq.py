@@ -2237,7 +2237,7 @@ def say_what_needs_no_knock(firewall):
     if published := re.findall(r"--dport (\d+) .*-j DNAT", rules):
         log(f"Docker publishes ports past INPUT, hidden or not: {' '.join(published)}.")
     with suppress(Fault):  # no systemd here knows
-        if query("timedatectl", "show", "-P", "NTPSynchronized")[1] == "no\n":
+        if query("timedatectl", "show", "--value", "-p", "NTPSynchronized")[1] == "no\n":
             log("The clock is not synchronised: when it is a minute off, no knock is answered.")
 
 def cmd_check(options):
