@@ -1765,6 +1765,7 @@ class Monitor:
                     self.firewall.public_ports = None  # also of one with a fault: `hide --undo`
                 config.require("server")
                 self.config = config
+                self.firewall.public_ports = config.get("public_ports", default=None)
                 for line in config.all_faults():
                     log(line)
             except (Fault, OSError) as error:
@@ -2059,7 +2060,8 @@ UNIT_PATH = "/etc/systemd/system/tariq.service"
 # The capabilities: the packet socket; iptables, the receive buffer; for setpriv to become the
 # keyring's owner; to end listener and commands. Before the network is up the machine is hidden,
 # after the firewalls that flush at their start. No default dependencies, as firewalls have none:
-# sysinit.target comes after the network on some clouds' machines.
+# sysinit.target comes after the network on some clouds' machines. No PrivateDevices: systemd 252
+# wants room on the disk for it, and on a full one nobody would get in.
 UNIT = f"""\
 [Unit]
 Description=Tariq, hidden services behind a knock
@@ -2087,7 +2089,7 @@ ProtectSystem=strict
 ReadWritePaths=/etc/tariq/.server-gpg /run
 ProtectHome=yes
 PrivateTmp=yes
-PrivateDevices=yes
+DevicePolicy=closed
 ProtectProc=invisible
 ProtectClock=yes
 ProtectControlGroups=yes
