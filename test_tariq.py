@@ -3124,6 +3124,15 @@ def test_both_families_doors_open_so_that_ssh_gets_in_by_whichever_it_takes(by_n
     assert opens(by_name, "C", "22", host=client).count("closed tcp/22") == 2
     assert by_name.server.rules() == by_name.server.rules(ip6=True) == []
 
+def test_a_door_that_may_be_open_in_the_other_family_is_not_passed_over_when_closing(by_name, lossy):
+    """Nor is an extra door that could not be opened a reason for a line."""
+    lossy.run("ip6tables", "-A", "loss", "-j", "DROP")
+    client = named(lossy.homes[0], by_name.server.ip6, by_name.server.ip)
+    opened, closed = (knock(by_name, *words, host=client) for words in (["O", "22"], ["C", "22"]))
+    assert opened.returncode == closed.returncode == 0 and opened.stderr == ""
+    assert closed.stdout.count("closed tcp/22") == 1
+    assert closed.stderr.startswith(f"tariq: not closed for {by_name.server.ip6}: No answer from ")
+
 @pytest.mark.parametrize("option, ip6", [("-4", False), ("-6", True)])
 def test_an_option_for_one_family_opens_that_familys_door_alone(by_name, option, ip6):
     client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
