@@ -1061,6 +1061,17 @@ def test_a_nonce_that_is_another_knocks_id_does_not_end_that_knock(monkeypatch):
         listener.collect(place, knock_id, b"piece", packet)
     assert list(listener.knocks) == [knock_id]
 
+def test_a_result_that_comes_when_its_knock_has_ended_keeps_no_later_one_from_its_own():
+    listener, (listener.channel, monitor) = bare_listener(), socket.socketpair(
+        socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    knock = listener.knocks[b"a knock's id"] = tariq.Knock()
+    with listener.channel, monitor:
+        monitor.send(b"that of none" + b"late")
+        monitor.send(b"a knock's id" + b"in time")
+        monitor.shutdown(socket.SHUT_WR)
+        listener.take_results()
+    assert knock.result.get_nowait() == b"in time" and knock.result.empty()
+
 def test_garbage_never_passes_the_gate_nor_leaves_anything_there():
     """Random, truncated and mutated packets before the tag."""
     chance, listener = random.Random(1), bare_listener()
