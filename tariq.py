@@ -269,7 +269,7 @@ class Config:
             if key not in (IN_ALLOW if kind == "allow" else ELSEWHERE):
                 # Cut: it may be a secret in the wrong place.
                 self.add_fault(name, f"{key[:16]} is no key that can stand here.")
-            elif text.strip():
+            elif text.strip() or key == "public_ports":  # nothing: hidden, or not? It has to say
                 try:
                     values[key] = parse(key, text.strip())
                 except ValueError as error:
@@ -970,8 +970,8 @@ def cmd_knock(options):
 #   a client's own repeats after a restart                      that client: it answers no second
 #                                                               challenge
 #
-# Who has the secret, and sees a client's packets, can spoil its knocks, by fragments of his own in
-# their place; so can who is on the way, by dropping them. Neither gets in.
+# Who sees a client's packets can spoil its knocks: by copies that come first, from another address,
+# and with the secret by fragments of his own. Who is on the way can drop them. Nobody gets in so.
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
@@ -1018,8 +1018,9 @@ class Listener:
         self.complained = {}  # kind: when
 
     # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
-    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. (At a client:
-    # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little with them.) ==
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. (A frame that
+    # was recorded gets past the tag: `gate` drops it, with a log line a minute at most. At a client
+    # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little.) ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -1027,7 +1028,7 @@ class Listener:
 
     def gate(self, data, link):
         """An authentic frame of now, new, at its own port -> (position, id, piece, Packet); else
-        None, and nothing is kept. Position: a fragment's, or above last: an answer."""
+        None, and nothing is kept of it. Position: a fragment's, or above last: an answer."""
         packet = split(data, link)
         opened = read_knock(self.key, packet.payload)
         if not opened:
@@ -1243,12 +1244,15 @@ def cmd_listener(descriptors):
 #   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
 #     (init, check, enroll, start)
 #   gpgconf (init, check)                end_agent       keyring's owner  15 s      OUTPUT_ROOM
+#   python3, to import scapy and Pillow  cmd_server      keyring's owner  15 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
-# and around these timeout(1), which reads no option behind the program's name, and setpriv(1).
+# and around these setpriv(1), and (not around gpg and the listener) timeout(1), which reads no
+# option behind the program's name.
 #
 # Words of others on their command lines: ports (digits: port_of), addresses (ipaddress prints
-# them), fingerprints (40 digits), and of E what `forbidden` lets through. The config's words are
-# the admin's. No word is split or joined: {fields} are filled in after the splitting.
+# them), fingerprints (40 digits), {user}: a client's name (enroll checks it), and of E what
+# `forbidden` lets through. The config's words are the admin's. No word is split or joined: {fields}
+# are filled in after the splitting.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1301,8 +1305,9 @@ def run(*words, accept=0, seconds=15, data=b"", shown=""):
 # `close_ended` while the server runs.
 # Two clients behind one address share its doors: the later end holds, and who has that closes it.
 # They share UNANSWERED_MAX, too. Two servers on one machine need two chains, or the second does not
-# start (take_lock); then each has doors, ports and clients of its own. Elsewhere they share
-# nothing: a request names its server.
+# start (take_lock), and public_ports in one of the configs at most, or one hides the other's doors;
+# then each has doors, ports and clients of its own. Elsewhere they share nothing: a request names
+# its server.
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1455,7 +1460,9 @@ class Iptables:
                                                                  "-A INPUT -j REJECT"))
 
     def prepare(self):
-        """At the start: link the chains, close every door, try the rules that open doors."""
+        """At the start: link the chains, close every door, try the rules that open doors. Raises
+        Fault, before anything is hidden, where a rule for IPv4 is none."""
+        self.check_rules(4)
         for family, program in IPTABLES.items():
             try:
                 rules = self.put_back(family, anew=True)
@@ -1467,20 +1474,20 @@ class Iptables:
             except Fault as fault:
                 if family == 4:
                     raise
-                hidden = ", and nothing of it is hidden" if self.public_ports is not None else ""
-                log(f"No doors for IPv6{hidden}: {fault}")
+                open_all = self.public_ports is not None and family not in self.families
+                log(f"No doors for IPv6{', and nothing of it is hidden' if open_all else ''}: "
+                    f"{fault}")
         if not all("{until}" in template for template in self.templates.values()):
             log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
-    def check(self, family):
-        """Doubts, in words. Raises Fault where a rule is refused. Changes nothing."""
+    def check_rules(self, family):
+        """Raises Fault where a rule is none. Changes nothing."""
         for port in ("9/tcp", "9/udp"):
             door = Door(EXAMPLES[family], port, "", 1, self.templates)
             status, output = query(*self.words("-C", door))  # 1: it is not there; 2: none
             if status > 1:
                 raise Fault(CONFIG, f"open_{door.protocol}_port is no rule of {IPTABLES[family]}: "
                                     f"{output.strip()[:200]}")
-        return self.doubts(family, self.rules(family, "INPUT"))
 
     def try_rule(self, door):
         # Twice, as the kernel may be short of memory once.
@@ -1656,19 +1663,21 @@ def hide(firewall, limit=""):
 
 def unhide(config, firewall):
     """Take jump, chain and key out; what is not there is no fault."""
-    set_public_ports(config.path, None)
-    for family in IPTABLES:
-        try:
-            rules = firewall.rules(family, "INPUT")
-        except Fault:
-            if family == 4:
-                raise
-            continue  # without ip6tables nothing was hidden by it
-        jumps = [rule.replace("-A", "-D", 1) for rule in rules
-                 if rule.endswith(f"-j {firewall.hiding_chain}")]
-        # The chain is made, or emptied, so that it is there to be deleted.
-        firewall.transact(family, [*jumps, f":{firewall.hiding_chain} - [0:0]",
-                                   f"-X {firewall.hiding_chain}"])
+    try:  # the key first: else the server that runs might put the jump back
+        set_public_ports(config.path, None)
+    finally:
+        for family in IPTABLES:
+            try:
+                rules = firewall.rules(family, "INPUT")
+            except Fault:
+                if family == 4:
+                    raise
+                continue  # without ip6tables nothing was hidden by it
+            jumps = [rule.replace("-A", "-D", 1) for rule in rules
+                     if rule.endswith(f"-j {firewall.hiding_chain}")]
+            # The chain is made, or emptied, so that it is there to be deleted.
+            firewall.transact(family, [*jumps, f":{firewall.hiding_chain} - [0:0]",
+                                       f"-X {firewall.hiding_chain}"])
 
 def listening_ports():
     """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
@@ -1719,7 +1728,8 @@ DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 def forbidden(patterns, command):
     """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself, *
     is any. E: one pattern fits word by word, where * (quoted, too) is any word, an option or a path
-    as well; as the last one any number, or none. A port is opened for all who share the address."""
+    as well; as the last one any number, or none. A port is opened for all who share the address, or
+    its network, where the rule says {net}."""
     action, *words = command
     allowed = [pattern[1:] for pattern in patterns if pattern[0] == action]
     if action != "E":
@@ -2032,9 +2042,13 @@ def cmd_server(options):
         raise Fault(CONFIG, f"No server: [server] in {config.path} has a fault, as said above.")
     monitor = Monitor(config, notify_socket)
     # What would end the listener later is found now, before a machine is hidden without a way in:
-    # its owner, and its public key. (A listing of secret keys would start gpg-agent from here, with
-    # root's session keyring; the listener makes it once it has left that.)
-    as_owner(monitor.home)
+    # its owner, its packages, and its public key. (A listing of secret keys would start gpg-agent
+    # from here, with root's session keyring; the listener makes it once it has left that.)
+    imports = "import PIL.PngImagePlugin, scapy.layers.inet6"
+    status, output = query(*as_owner(monitor.home), sys.executable, "-I", "-c", imports)
+    if status:
+        raise Fault(MISSING, "The listener needs scapy and Pillow: apt-get install python3-scapy "
+                             f"python3-pil. ({output.strip().splitlines()[-1][:200]})")
     need_server_key(monitor.home, "--list-keys", config.get("server_key"))
     if take_lock(monitor.firewall.chain) is None:
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
@@ -2271,15 +2285,15 @@ def cmd_check(options):
     if "open_command" in config.values["server"]:
         attempt(Commands, config)
     elif firewall := attempt(Iptables, config):
-        lock = take_lock(firewall.chain)
-        if lock is not None:
+        if (lock := take_lock(firewall.chain)) is not None:
             os.close(lock)
             log("No server runs: sudo systemctl status tariq")
             if home:
                 attempt(end_agent, home)  # which looking for the server's key has started
         for family, program in IPTABLES.items():
             try:
-                doubts = firewall.check(family)
+                firewall.check_rules(family)
+                doubts = firewall.doubts(family, firewall.rules(family, "INPUT"))
                 log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
             except Fault as fault:
                 (log if family == 6 else faults.append)(str(fault))

@@ -4961,6 +4961,27 @@ def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_a
     assert Server(bare.lab, bare.server, bare.conf).process.wait(LONG) == CONFIG_FAULT
     assert jumps(bare) == HIDDEN and is_shut(bare, "box", 22)
 
+@pytest.mark.parametrize("fault, code, words", [
+    ("a rule that is none", 78, "open_tcp_port is no rule of iptables"),
+    ("a package that is gone", 69, "apt-get install python3-scapy python3-pil"),
+    ("an empty value", 78, "public_ports has to be ports")])
+def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words):
+    """As after a reboot: else nobody could get in to mend it."""
+    assert bare.tariq.stop() == 0
+    bare.server.run("nft", "flush", "ruleset")
+    rule = "-A tariq -s {ip} -p tcp --dport {dport} -j ACEPT"
+    changes = {"public_ports": "" if fault == "an empty value" else "none"}
+    if fault == "a rule that is none":
+        changes["open_tcp_port"] = rule
+    conf = write(bare.lab.new("conf"), with_settings(bare.conf.read_text(), changes))
+    program, prefix = None, ()
+    if fault == "a package that is gone":  # covered, as far as this server and its children see
+        import PIL
+        prefix = ("sh", "-c", f'mount -t tmpfs tmpfs {Path(PIL.__file__).parent} && exec "$@"', "sh")
+    server = Server(bare.lab, bare.server, conf, program, prefix)
+    assert server.process.wait(LONG) == code and words in server.log, server.log
+    assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
+
 def test_a_stop_changes_nothing_in_input(bare):
     """Whoever flushed it on purpose, from the console, is not locked out by the stop that
     follows."""
@@ -5016,6 +5037,13 @@ def test_undo_takes_jump_chain_and_key_out_and_nothing_else(bare):
         assert (firewall(bare.server), bare.conf.read_text()) == before
     for where in ("box", "box6"):
         assert gets_in(bare, where)
+
+def test_undo_opens_also_where_the_config_cannot_be_written(bare):
+    hide_at_start(bare)
+    cover = f'mount -o bind,ro {bare.conf.parent} {bare.conf.parent} && exec "$@"'
+    done = hide(bare, "--undo", prefix=("sh", "-c", cover, "sh"))
+    assert done.returncode == SYSTEM and "cannot be written" in done.stderr, done
+    assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
 
 def test_undo_needs_no_standard_input(bare):
     assert hide(bare, "--undo", prefix=("sh", "-c", 'exec "$@" <&-', "sh")).returncode == 0
