@@ -1244,7 +1244,7 @@ def cmd_listener(descriptors):
 #   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
 #     (init, check, enroll, start)
 #   gpgconf (init, check)                end_agent       keyring's owner  15 s      OUTPUT_ROOM
-#   python3, to import scapy and Pillow  cmd_server      keyring's owner  15 s      OUTPUT_ROOM
+#   python3, to import scapy and Pillow  cmd_server      keyring's owner  60 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # and around these setpriv(1), and (not around gpg and the listener) timeout(1), which reads no
 # option behind the program's name.
@@ -2045,10 +2045,10 @@ def cmd_server(options):
     # its owner, its packages, and its public key. (A listing of secret keys would start gpg-agent
     # from here, with root's session keyring; the listener makes it once it has left that.)
     imports = "import PIL.PngImagePlugin, scapy.layers.inet6"
-    status, output = query(*as_owner(monitor.home), sys.executable, "-I", "-c", imports)
+    status, output = query(*as_owner(monitor.home), sys.executable, "-I", "-c", imports, seconds=60)
     if status:
         raise Fault(MISSING, "The listener needs scapy and Pillow: apt-get install python3-scapy "
-                             f"python3-pil. ({output.strip().splitlines()[-1][:200]})")
+                             f"python3-pil. (It said: {output.strip()[-200:] or status})")
     need_server_key(monitor.home, "--list-keys", config.get("server_key"))
     if take_lock(monitor.firewall.chain) is None:
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
