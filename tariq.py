@@ -1484,8 +1484,10 @@ class Iptables:
         """Raises Fault where a rule is none. Changes nothing."""
         for port in ("9/tcp", "9/udp"):
             door = Door(EXAMPLES[family], port, "", 1, self.templates)
-            status, output = query(*self.words("-C", door))  # 1: it is not there; 2: none
-            if status > 1:
+            # Without the default's time limit: what a kernel says to that, `try_rule` sees.
+            rule = door.fill(self.templates[door.protocol].replace(TIME_LIMIT, ""))[2:]
+            status, output = query(IPTABLES[family], *WAIT, "-C", self.chain, *rule)
+            if status == 2:  # it is no rule; 1: it is not there
                 raise Fault(CONFIG, f"open_{door.protocol}_port is no rule of {IPTABLES[family]}: "
                                     f"{output.strip()[:200]}")
 
@@ -2045,10 +2047,11 @@ def cmd_server(options):
     # its owner, its packages, and its public key. (A listing of secret keys would start gpg-agent
     # from here, with root's session keyring; the listener makes it once it has left that.)
     imports = "import PIL.PngImagePlugin, scapy.layers.inet6"
-    status, output = query(*as_owner(monitor.home), sys.executable, "-I", "-c", imports, seconds=60)
+    words = [sys.executable, "-I", "-c", imports]
+    status, output = finished(launch(words, 60, before=as_owner(monitor.home)))
     if status:
         raise Fault(MISSING, "The listener needs scapy and Pillow: apt-get install python3-scapy "
-                             f"python3-pil. (It said: {output.strip()[-200:] or status})")
+                             f"python3-pil. (It said: {output.decode(errors='replace')[-200:]})")
     need_server_key(monitor.home, "--list-keys", config.get("server_key"))
     if take_lock(monitor.firewall.chain) is None:
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
