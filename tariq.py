@@ -2157,10 +2157,12 @@ def set_public_ports(path, ports):
     _, lock = locked_directory(path)
     text = Config(path, root=True).text.rstrip() + "\n"
     server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
-    without = re.sub(r"(?mi)^[ \t]*public_ports\s*=.*\n([ \t]+\S.*\n)*", "", server)
+    # With its continuation lines, which are indented more; the other keys may be indented, too.
+    without = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "", server)
     header, rest = without.split("\n", 1)
     if ports is not None:
-        header += f"\npublic_ports = {', '.join(ports) or 'none'}"
+        indent = re.search(r"(?m)^([ \t]*)[^\s#]|\Z", rest)[1] or ""
+        header += f"\n{indent}public_ports = {', '.join(ports) or 'none'}"
     try:
         if server != f"{header}\n{rest}":
             write_file(path, text.replace(server, f"{header}\n{rest}"))
