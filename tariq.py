@@ -743,8 +743,8 @@ class Exchange:
     their key. From the challenge on, that the server is its own, and saw the knock come from
     `seen`. That somebody relays it shows only where this machine's own address is public, or
     `address` was given for this route's family: behind NAT without that, any `seen` is taken. One
-    challenge is answered, and no other one: a server that forgot its own has been
-    restarted, and would act twice."""
+    challenge is answered, and no other one: a server that forgot its own has been restarted, and
+    would act twice."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -1418,7 +1418,8 @@ class Iptables:
         """The lines that make our chain, or empty it. What is established stays so, also when INPUT
         is hidden later: with this rule the kernel begins to track it. Where INPUT was flushed, and
         its policy drops all, what else has to go on is added."""
-        others = [rule for rule in rules if rule.startswith("-A") and rule not in self.ours(rules)]
+        ours = self.ours(rules)
+        others = [rule for rule in rules if rule.startswith("-A") and rule not in ours]
         kept = KEPT[family] if "-P INPUT DROP" in rules and not others else [ESTABLISHED]
         return [f":{self.chain} - [0:0]", *(f"-A {self.chain} {rule}" for rule in kept)]
 
@@ -1467,8 +1468,8 @@ class Iptables:
             try:
                 rules = self.put_back(family, anew=True)
                 self.families.add(family)
-                for port in ("9/tcp", "9/udp"):
-                    self.try_rule(Door(EXAMPLES[family], port, "", 1, self.templates))
+                for door in self.example_doors(family):
+                    self.try_rule(door)
                 if doubts := self.doubts(family, rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
@@ -1480,10 +1481,13 @@ class Iptables:
         if not all("{until}" in template for template in self.templates.values()):
             log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
+    def example_doors(self, family):
+        """A door of each protocol, to try the rules with."""
+        return [Door(EXAMPLES[family], port, "", 1, self.templates) for port in ("9/tcp", "9/udp")]
+
     def check_rules(self, family):
         """Raises Fault where a rule is none. Changes nothing."""
-        for port in ("9/tcp", "9/udp"):
-            door = Door(EXAMPLES[family], port, "", 1, self.templates)
+        for door in self.example_doors(family):
             # Without the default's time limit: what a kernel says to that, `try_rule` sees.
             rule = door.fill(self.templates[door.protocol].replace(TIME_LIMIT, ""))[2:]
             status, output = query(IPTABLES[family], *WAIT, "-C", self.chain, *rule)
@@ -2161,7 +2165,7 @@ def set_public_ports(path, ports):
     without = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "", server)
     header, rest = without.split("\n", 1)
     if ports is not None:
-        indent = re.search(r"(?m)^([ \t]*)[^\s#]|\Z", rest)[1] or ""
+        indent = re.search(r"(?m)^([ \t]*)[^\s#;]|\Z", rest)[1] or ""
         header += f"\n{indent}public_ports = {', '.join(ports) or 'none'}"
     try:
         if server != f"{header}\n{rest}":

@@ -5082,6 +5082,17 @@ def test_undo_takes_the_key_out_however_it_is_written(bare, written):
     opens(bare), opens(bare, "C", "22")
     assert not any(jumps(bare))
 
+def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(tmp_path):
+    text = re.sub(r"(?m)^(?=\w+ =)", "  ", CONFIG).replace("[server]\n", "[server]\n; mine\n\n")
+    path = write_config(tmp_path / "tariq.conf", text)
+    text, before = path.read_text(), tariq.Config(path).values["server"]
+    for ports in (["80/tcp"], ["443/tcp", "53/udp"], []):
+        tariq.set_public_ports(path, ports)
+        config = tariq.Config(path)
+        assert config.faults == {} and config.values["server"] == {**before, "public_ports": ports}
+    tariq.set_public_ports(path, None)
+    assert path.read_text().rstrip() == text.rstrip()
+
 def test_undo_during_a_trial_is_refused_or_ends_it(bare):
     """What it must not do: say 0, and then it is hidden for good."""
     trial = start_hide(bare)
