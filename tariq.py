@@ -1228,8 +1228,8 @@ def cmd_listener(descriptors):
         channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL and
-# GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
+# Environment: PATH as below, and nothing else (the listener, python3: only HOME=/; gpg: also LC_ALL
+# and GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
 # (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
@@ -2051,7 +2051,8 @@ def cmd_server(options):
     # its owner, its packages, and its public key. (A listing of secret keys would start gpg-agent
     # from here, with root's session keyring; the listener makes it once it has left that.)
     imports = "import PIL.PngImagePlugin, scapy.layers.inet6"
-    words = [sys.executable, "-I", "-c", imports]
+    # In the listener's environment: scapy looks into HOME, also where the user must not.
+    words = ["env", "-i", "HOME=/", sys.executable, "-I", "-c", imports]
     status, output = finished(launch(words, 60, before=as_owner(monitor.home)))
     if status:
         raise Fault(MISSING, "The listener needs scapy and Pillow: apt-get install python3-scapy "
