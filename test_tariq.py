@@ -635,8 +635,8 @@ def second_client(world, name, allow=("O 22",), algorithm=None, options=(), conf
     README; [box] is the server's IPv4 address, [box6] its IPv6 one. Returns its config's path."""
     path, user = world.lab.dir / name / "tariq.conf", user or f"{name}@example.com"
     server, run = world.server, world.lab.tariq
-    if path.exists():  # of another test
-        shutil.rmtree(path.parent)
+    if path.exists():  # of another test; its gpg-agent may take its sockets away meanwhile
+        sh("rm", "-rf", path.parent)
     for directory in (path.parent, path.parent / "gpg"):
         sh("install", "-d", "-m", "700", "-o", NOBODY, "-g", NOBODY, directory)
     if algorithm:
