@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -IS
+#!/usr/bin/python3 -ISXno_debug_ranges
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
 you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
@@ -42,6 +42,9 @@ The parts, in the order of the file, and who reads what before trusting it with 
     monitor                                       and your config
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
+# The first line: -I takes nothing of the caller's environment and directory; -S runs no package's
+# code at the start (see find_packages); -X leaves out what only tracebacks would show, and nobody
+# sees one: compiling this file takes 4 ms less, of each knock.
 import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
 import re, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
 from collections import OrderedDict, namedtuple
@@ -91,8 +94,8 @@ def missing(name):
     return Fault(MISSING, f"{name} is missing on this machine{mend}")
 
 def find_packages():
-    """Let scapy and Pillow be found. The first line says -S, so that no code of any package runs
-    where it is not asked for, and as root only if you knock as root."""
+    """Let scapy and Pillow be found: no code of any package runs where it is not asked for, and as
+    root only if you knock as root."""
     import site
     site.main()
 
@@ -412,11 +415,6 @@ def trouble_with(key, use, home):
 
 def find_key(home, option, name):
     return next(iter(list_keys(home, option, name)), None)
-
-def need_server_key(home, option, key):
-    """Raises Fault where a server's key is not in its keyring, or not good to be encrypted to."""
-    if trouble := trouble_with(find_key(home, option, key), "E", home):
-        raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
 
 def exactly(user):
     """How gpg names a key by this email and no other (gpg(1)); a fingerprint stays as it is."""
@@ -1177,7 +1175,8 @@ class Listener:
         self.tell(log=text[:600])  # as JSON 12 bytes a character at most: fits MESSAGE_MAX
 
     def tell(self, **message):
-        """log=text, ready=True, or request=[knock id, signer, command, address], for Monitor."""
+        """For Monitor.handle: log=text, ready=True, request=[knock id, signer, command, address];
+        and once, by cmd_listener: fault=[exit code, text]."""
         self.channel.send(json.dumps(message).encode())
 
     def take_results(self):
@@ -1198,7 +1197,7 @@ def check_unprivileged():
     root = "0" in status["Uid"].split() + status["Gid"].split()
     capable = any(int(status[name], 16) for name in status if name.startswith("Cap"))
     if root or capable or status["Groups"].split() or status["NoNewPrivs"].strip() != "1":
-        raise Fault(CONFIG, "The listener still has a privilege of root's: chown -R tariq: the "
+        raise Fault(DIED, "The listener still has a privilege of root's: chown -R tariq: the "
                             "server_gpg_dir.")
 
 def leave_roots_memory():
@@ -1217,15 +1216,18 @@ def cmd_listener(descriptors):
         leave_roots_memory()  # before there is a secret in it
         listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
-        need_server_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
+        key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
+        if trouble := trouble_with(key, "E", listener.home):
+            raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
         threading.Thread(target=listener.take_results, daemon=True).start()
         listener.tell(ready=True)
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
+        words = f"{fault} {fault.detail}".strip()
         with suppress(OSError):  # what lies unread would take the line below with it
             channel.recv(MESSAGE_MAX, socket.MSG_DONTWAIT)
-        channel.send(json.dumps({"log": f"{fault} {fault.detail}"}).encode())  # and sees its end
+        channel.send(json.dumps({"fault": [fault.code, words[:600]]}).encode())
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # Environment: PATH as below, and nothing else (the listener, python3: only HOME=/; gpg: also LC_ALL
@@ -1244,7 +1246,6 @@ def cmd_listener(descriptors):
 #   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
 #     (init, check, enroll, start)
 #   gpgconf (init, check)                end_agent       keyring's owner  15 s      OUTPUT_ROOM
-#   python3, to import scapy and Pillow  cmd_server      keyring's owner  60 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # and around these setpriv(1), and (not around gpg and the listener) timeout(1), which reads no
 # option behind the program's name.
@@ -1575,6 +1576,10 @@ class Commands:
             with closing_on():
                 self.close(door)
 
+def firewall_of(config):
+    """What makes the doors of a config. Raises Fault."""
+    return Commands(config) if "open_command" in config.values["server"] else Iptables(config)
+
 @contextmanager
 def closing_on():
     """At the end: whatever becomes of one door, the others are closed."""
@@ -1630,7 +1635,8 @@ def try_hiding(config, firewall, ports):
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
     firewall.public_ports = ports
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they undo it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they undo it, also where a
+        # background job's shell has set SIGINT to be ignored
         signal.signal(number, signal.default_int_handler)
     came_in = kept = False
     before = packets_in(firewall)
@@ -1756,10 +1762,10 @@ class Monitor:
         self.config = config  # the last whole one; read afresh by `policy`
         self.config_stamp = config.stamp
         self.notify_socket = notify_socket  # systemd's, or ""
+        self.is_ready = False
         self.doors = {}  # Door.key: Door
         self.command_slots = threading.Semaphore(COMMANDS_MAX)
-        firewall = Commands if "open_command" in config.values["server"] else Iptables
-        self.firewall = firewall(config)
+        self.firewall = firewall_of(config)
         self.ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
         self.patience = config.get("command_timeout", default=30)
         self.settings = {  # the listener's. Like firewall and patience they last until a restart
@@ -1790,21 +1796,36 @@ class Monitor:
 
     def handle(self, data):
         """One message. The listener's word counts for who signed, and where; not for what they may.
-        One that was taken over can ask for log lines (cut, and printable), for a "ready", and in
-        any client's name and for any address for what that client's `may` permits. To the rest
-        says no: here, what is no such message; `forbidden`, what is not permitted; DOORS_MAX and
-        COMMANDS_MAX, more than so many."""
+        One that was taken over can ask for log lines (cut, and printable), for one "ready", for
+        this server's end ("fault"), and in any client's name and for any address for what that
+        client's `may` permits. To the rest says no: here, what is no such message; `forbidden`,
+        what is not permitted; DOORS_MAX and COMMANDS_MAX, more than so many. Raises Fault: the
+        server ends."""
         try:
-            message = json.loads(data)
-            if "log" in message:
-                return log(f"listener: {self.named(message['log'][:1000])}")
-            if "ready" in message:
-                return self.ready()
-            knock_id, signer, command, sender = message["request"]
-            knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
-            ip, command = str(ipaddress.ip_address(bytes.fromhex(sender))), command_of(command)
+            (kind, content), = json.loads(data).items()
+            if kind == "request":
+                knock_id, signer, command, sender = content
+                knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
+                ip, command = str(ipaddress.ip_address(bytes.fromhex(sender))), command_of(command)
+            elif kind == "log":
+                words = self.named(content[:1000])
+            elif kind == "fault":
+                code, words = content[0], printable(content[1][:1000])
+            elif kind != "ready" or self.is_ready:
+                raise ValueError
         except Exception:  # whatever it is
             return log("a malformed message: the listener may be taken over: stop it, look")
+        if kind == "request":
+            self.decide(knock_id, signer, command, ip)
+        elif kind == "log":
+            log(f"listener: {words}")
+        elif kind == "fault":
+            raise Fault(code if code in (MISSING, CONFIG) else DIED, words)
+        else:
+            self.ready()
+
+    def decide(self, knock_id, signer, command, ip):
+        """A request, by policy; its result goes to the listener."""
         config = self.policy()
         section = config.clients.get(signer, "")
         user = section.removeprefix("allow ") or signer
@@ -1834,6 +1855,10 @@ class Monitor:
         return re.sub(r"\b[0-9A-F]{40}\b", name, text)
 
     def ready(self):
+        """The listener has all that it needs. Only now is anything hidden: where it could not
+        start, nobody could get in to mend that. Raises Fault."""
+        self.is_ready = True
+        self.firewall.prepare()
         log(f"listening for knocks on {len(self.ports)} ports")
         if self.notify_socket:  # sd_notify(3); @: an abstract address
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
@@ -1959,8 +1984,8 @@ class Monitor:
                 with suppress(ConnectionError):
                     message = self.channel.recv(MESSAGE_MAX)
                 if not message:
-                    raise Fault(DIED, "The listener died, and the doors are closed. Its last line "
-                                      "in the log says why; if there is none, setpriv failed.")
+                    raise Fault(DIED, "The listener died without a word, and the doors are closed: "
+                                      "killed, or setpriv failed.")
                 self.handle(message)
 
 # The kernel's filter on the packet socket (classic BPF, linux/filter.h): it spares the listener
@@ -2047,21 +2072,9 @@ def cmd_server(options):
     if "server" in config.faults:
         raise Fault(CONFIG, f"No server: [server] in {config.path} has a fault, as said above.")
     monitor = Monitor(config, notify_socket)
-    # What would end the listener later is found now, before a machine is hidden without a way in:
-    # its owner, its packages, and its public key. (A listing of secret keys would start gpg-agent
-    # from here, with root's session keyring; the listener makes it once it has left that.)
-    imports = "import PIL.PngImagePlugin, scapy.layers.inet6"
-    # In the listener's environment: scapy looks into HOME, also where the user must not.
-    words = ["env", "-i", "HOME=/", sys.executable, "-I", "-c", imports]
-    status, output = finished(launch(words, 60, before=as_owner(monitor.home)))
-    if status:
-        raise Fault(MISSING, "The listener needs scapy and Pillow: apt-get install python3-scapy "
-                             f"python3-pil. (It said: {output.decode(errors='replace')[-200:]})")
-    need_server_key(monitor.home, "--list-keys", config.get("server_key"))
     if take_lock(monitor.firewall.chain) is None:
         raise Fault(SYSTEM, "A server with this chain runs already: sudo systemctl stop tariq")
     try:
-        monitor.firewall.prepare()
         monitor.start_listener()
         monitor.serve(signals)
     finally:
@@ -2251,8 +2264,16 @@ def cmd_init(options):
         log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
             f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
-def say_what_needs_no_knock(firewall):
-    """What listens and is public, what Docker publishes, and whether the clock is set."""
+def check_iptables(firewall):
+    """Say what INPUT does, and what listens and is public -> faults, a line each. Raises Fault."""
+    faults = []
+    for family, program in IPTABLES.items():
+        try:
+            firewall.check_rules(family)
+            doubts = firewall.doubts(family, firewall.rules(family, "INPUT"))
+            log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
+        except Fault as fault:
+            (log if family == 6 else faults.append)(str(fault))
     listening, public = listening_ports(), firewall.public_ports
     if public is None:
         log(f"INPUT's own rules say who reaches what listens: {' '.join(listening) or 'nothing'}.")
@@ -2262,9 +2283,7 @@ def say_what_needs_no_knock(firewall):
     _, rules = query("iptables", "-t", "nat", "-S", "DOCKER")
     if published := re.findall(r"--dport (\d+) .*-j DNAT", rules):
         log(f"Docker publishes ports past INPUT, hidden or not: {' '.join(published)}.")
-    with suppress(Fault):  # no systemd here knows
-        if query("timedatectl", "show", "--value", "-p", "NTPSynchronized")[1] == "no\n":
-            log("The clock is not synchronised: when it is a minute off, no knock is answered.")
+    return faults
 
 def cmd_check(options):
     """Say what is wrong with a server's config, keys and firewall, as root. It changes nothing:
@@ -2292,22 +2311,17 @@ def cmd_check(options):
                 faults.append(f"The key of [{section}] {trouble}.")
             else:
                 log(f"The key of [{section}] is good, and expires: {key['expires']}.")
-    if "open_command" in config.values["server"]:
-        attempt(Commands, config)
-    elif firewall := attempt(Iptables, config):
+    if firewall := attempt(firewall_of, config):
         if (lock := take_lock(firewall.chain)) is not None:
             os.close(lock)
             log("No server runs: sudo systemctl status tariq")
             if home:
                 attempt(end_agent, home)  # which looking for the server's key has started
-        for family, program in IPTABLES.items():
-            try:
-                firewall.check_rules(family)
-                doubts = firewall.doubts(family, firewall.rules(family, "INPUT"))
-                log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
-            except Fault as fault:
-                (log if family == 6 else faults.append)(str(fault))
-        attempt(say_what_needs_no_knock, firewall)
+        if isinstance(firewall, Iptables):
+            faults += attempt(check_iptables, firewall) or []
+    with suppress(Fault):  # no systemd here knows
+        if query("timedatectl", "show", "--value", "-p", "NTPSynchronized")[1] == "no\n":
+            log("The clock is not synchronised: when it is a minute off, no knock is answered.")
     for line in faults:
         log(f"FAULT: {line}")
     return CONFIG if faults else 0
@@ -2414,6 +2428,28 @@ def cmd_join(options):
         f"{options.host} O 22")
 
 # ---- command line --------------------------------------------------------------------------------
+SUBCOMMANDS = {  # name: its function, whose docstring is its help, and the config that it uses
+    "init": (cmd_init, ROOT_CONFIG), "check": (cmd_check, ROOT_CONFIG),
+    "hide": (cmd_hide, ROOT_CONFIG), "server": (cmd_server, ROOT_CONFIG),
+    "keygen": (cmd_keygen, CLIENT_CONFIG), "enroll": (cmd_enroll, ROOT_CONFIG),
+    "join": (cmd_join, CLIENT_CONFIG), "knock": (cmd_knock, CLIENT_CONFIG)}
+
+def overview():
+    """What tariq.py --help prints."""
+    what = __doc__.split("\n\n")[0]
+    commands = ""
+    for name, (function, _) in SUBCOMMANDS.items():
+        first_sentence = " ".join(function.__doc__.partition(". ")[0].split())
+        commands += f"    {name:8}{first_sentence}\n"
+    return f"""{what}
+
+usage: tariq.py COMMAND ..., where COMMAND is
+{commands}
+tariq.py COMMAND --help says how it is used; tariq.py --version, which version this is, with the
+SHA-256 of this very file.
+
+{EXIT_CODES}"""
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(USAGE, f"{message}. {self.prog} --help says how.")
@@ -2422,33 +2458,31 @@ def help_format(prog):
     """Of a width of its own: to find the terminal's, argparse takes 3 ms, at each knock, too."""
     return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
-def command_line():
-    """The parser; each subcommand's function is its `function`, and its docstring is its help."""
-    parser = Parser(prog="tariq.py", description=__doc__.split("\n\n")[0], epilog=EXIT_CODES,
+def parser_of(name):
+    """The parser of a subcommand; to make all of them takes 2 ms."""
+    function, config = SUBCOMMANDS[name]
+    parser = Parser(prog=f"tariq.py {name}", description=function.__doc__.replace("\n    ", "\n"),
                     formatter_class=help_format)
-    parser.add_argument("--version", action="store_true",
-                        help="print the version, and the SHA-256 of this very file")
-    commands = parser.add_subparsers(prog="tariq.py", metavar="COMMAND", required=True)
-    add = {}
-    for function, config in (
-            (cmd_init, ROOT_CONFIG), (cmd_check, ROOT_CONFIG), (cmd_hide, ROOT_CONFIG),
-            (cmd_server, ROOT_CONFIG), (cmd_keygen, CLIENT_CONFIG), (cmd_enroll, ROOT_CONFIG),
-            (cmd_join, CLIENT_CONFIG), (cmd_knock, CLIENT_CONFIG)):
-        name, text = function.__name__[4:], function.__doc__.replace("\n    ", "\n")
-        sub = commands.add_parser(name, help=text.partition(". ")[0], description=text,
-                                  formatter_class=help_format)
-        sub.set_defaults(function=function, verbose=False)
-        sub.add_argument("-c", "--config", default=config, type=os.path.realpath,
-                         help=f"use this config, not {config}")
-        add[name] = sub.add_argument
-    add["hide"]("ports", nargs="*", metavar="PORT", help="stays public: 80, 443/tcp, 53/udp")
-    add["hide"]("--undo", action="store_true", help="hide nothing any more")
-    add["keygen"]("user", help="your email address, or a name like it: me@laptop")
-    add["enroll"]("--allow", action="append", nargs="+", metavar="WORD",
-                  help='what the client may do, as a request: "O 22" (the default), "E date"')
-    add["enroll"]("--name", help="what the log calls the client, if not by its key's email")
-    add["join"]("host", help="the server's name or address, as you will knock at it")
-    add = add["knock"]
+    parser.set_defaults(verbose=False)
+    add = parser.add_argument
+    add("-c", "--config", default=config, type=os.path.realpath,
+        help=f"use this config, not {config}")
+    if name == "hide":
+        add("ports", nargs="*", metavar="PORT", help="stays public: 80, 443/tcp, 53/udp")
+        add("--undo", action="store_true", help="hide nothing any more")
+    elif name == "keygen":
+        add("user", help="your email address, or a name like it: me@laptop")
+    elif name == "enroll":
+        add("--allow", action="append", nargs="+", metavar="WORD",
+            help='what the client may do, as a request: "O 22" (the default), "E date"')
+        add("--name", help="what the log calls the client, if not by its key's email")
+    elif name == "join":
+        add("host", help="the server's name or address, as you will knock at it")
+    elif name == "knock":
+        add_knock_arguments(add)
+    return parser
+
+def add_knock_arguments(add):
     add("-u", "--user", help="sign with the key of this user")
     add("-p", "--ports", help="knock at these secret_ports")
     add("-i", "--img-dir", help="hide the request in a PNG image of this folder")
@@ -2465,21 +2499,27 @@ def command_line():
     add("action", choices=("O", "C", "E"), help="open ports, close them, or execute a command")
     add("words", nargs=argparse.REMAINDER, metavar="...",
         help="PORT[/tcp|/udp]... or COMMAND [ARG...]")
-    return parser
 
 def main():
     os.umask(0o022)
     verbose = False
     try:
-        if sys.argv[1:2] == ["listener"]:  # not for people: `start_listener` runs it
-            return cmd_listener(sys.argv[2:])
-        if sys.argv[1:] == ["--version"]:
+        name, words = "".join(sys.argv[1:2]), sys.argv[2:]
+        if name == "listener":  # not for people: `start_listener` runs it
+            return cmd_listener(words)
+        if name == "--version":
             with open(__file__, "rb") as file:
                 digest = hashlib.sha256(file.read()).hexdigest()
             return print(f"tariq.py {VERSION}, SHA-256 {digest}")
-        options = command_line().parse_args()
+        if name in ("-h", "--help"):
+            return print(overview())
+        if name not in SUBCOMMANDS:
+            raise Fault(USAGE, f"The first word has to be one of {', '.join(SUBCOMMANDS)}: "
+                               "tariq.py --help says what each does.")
+        options = parser_of(name).parse_args(words)
         verbose = options.verbose
-        return options.function(options)  # an exit code; None is 0
+        function, _ = SUBCOMMANDS[name]
+        return function(options)  # an exit code; None is 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # never a traceback

@@ -1867,12 +1867,15 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     def message(knock_id="00" * 12, signer="KEY", command=["O", "22"], ip="c0000207"):
         return json.dumps({"request": [knock_id, signer, command, ip]}).encode()
     hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b'"log"', b"[" * 8000, b'{"a":' * 1500, message("x"), message(3),
-               message()[:-1], b'{"request": 7}', b'{"request": []}', b'{"log": 7}', b'{"log": ["x"]}', *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
+               message()[:-1], b'{"request": 7}', b'{"request": []}', b'{"log": 7}', b'{"log": ["x"]}',
+               b'{"fault": 7}', b'{"fault": [69]}', b'{"fault": [69, 7]}', b'{"ready": true, "log": "x"}', b'{"end": 1}',
+               b'{"ready": true}', *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
                *(message(command=it) for it in ("O 22", [], ["O"], ["O", 22], ["O", None], ["O", "*"], ["O", "23"],
                  ["O", "22", "-j"], ["E", "reboot"], ["E"], ["E", "echo\nx"], [["O", "22"]], {"O": "22"}, "Eid",
                  ["O", "\u0662\u0662"])),
                *(message(ip=it) for it in ("192.0.2.7", "00", "c00002", "-j ACCEPT", 5, None, ["c0000207"], "00" * 17)),
                json.dumps({"log": "a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000}).encode()]
+    channel.send(b'{"ready": true}')  # the second one, above, is one too many
     for case in hostile + [message(command=["O", "23"])] * 2000:  # more answers than the channel holds
         channel.send(case)
     answers, last, good = [], b"\x22" * 12, b""
@@ -4268,6 +4271,16 @@ def test_check_says_every_fault_at_once_and_changes_nothing(bob, live):
     assert firewall(live.server) == rules and live.tariq.log == log
     assert files() == before
 
+@pytest.mark.parametrize("settings", [
+    {}, {"open_command": "true {ip} {dport}", "close_command": "true {ip} {dport}"}])
+def test_check_leaves_no_agent_where_no_server_runs(live, settings):
+    conf = make_server(live.lab, live.other, f"checked{len(settings)}")
+    write(conf, with_settings(conf.read_text(), settings))
+    done = live.lab.tariq(live.other, "check", "-c", conf, check=False)
+    assert "No server runs" in done.stderr and "The key of [server] is good" in done.stderr, done
+    home = str(conf.parent / ".server-gpg")
+    wait_for(lambda: not live.other.run("pgrep", "-f", home, check=False).stdout, "it stays")
+
 def test_check_of_a_good_server_exits_with_0(live):
     done = check(live)
     assert done.returncode == 0 and "FAULT" not in done.stderr and "Traceback" not in done.stderr
@@ -4342,7 +4355,7 @@ def test_a_service_whose_listener_does_not_come_up_is_never_ready(idle):
         notified.bind(str(idle.lab.new("notify")))
         prefix = ("env", f"NOTIFY_SOCKET={notified.getsockname()}", *fakes.prefix)
         server = Server(idle.lab, idle.server, idle.conf, prefix=prefix)
-        assert server.process.wait(LONG) == 65, "systemd starts it again: gpg may be well then"
+        assert server.process.wait(LONG) == DIED, "systemd starts it again: gpg may be well then"
         assert not select.select([notified], [], [], 0)[0] and "listening for" not in server.log
 
 def key_of(world):
@@ -4921,23 +4934,29 @@ def hide_at_start(world, ports="none"):
     write(world.conf, with_settings(world.conf.read_text(), {"public_ports": ports}))
     return started(world)
 
-def test_public_ports_are_hidden_at_each_start_before_there_is_a_listener(bare):
-    """As after a reboot: no rule is there. This server never comes to its listener."""
+def test_public_ports_are_hidden_at_each_start_before_it_says_that_it_is_ready(bare):
+    """As after a reboot: no rule is there. By the unit the network waits for that word."""
     write(bare.conf, with_settings(bare.conf.read_text(), {"public_ports": "7000/tcp"}))
     assert bare.tariq.stop() == 0
     bare.server.run("nft", "flush", "ruleset")
-    program = bare.lab.program("def never(monitor):\n"
-                               "    tariq.log('now the listener')\n"
+    path = bare.lab.new("notify")
+    # It goes on once somebody has looked.
+    program = bare.lab.program("send = tariq.socket.socket.sendto\n"
+                               "def sent(sock, *words):\n"
+                               "    send(sock, *words)\n"
                                "    tariq.time.sleep(600)\n"
-                               "tariq.Monitor.start_listener = never\n")
-    server = Server(bare.lab, bare.server, bare.conf, program)
-    try:
-        server.wait_log("now the listener")
-        assert jumps(bare) == HIDDEN
-        for where in ("box", "box6"):
-            assert is_shut(bare, where, 22) and lives(session(bare, where))
-    finally:
-        server.kill()
+                               "tariq.socket.socket.sendto = sent\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(path))
+        notified.settimeout(LONG)
+        server = Server(bare.lab, bare.server, bare.conf, program,
+                        ("env", f"NOTIFY_SOCKET={path}"))
+        try:
+            assert notified.recv(100) == b"READY=1" and jumps(bare) == HIDDEN
+            for where in ("box", "box6"):
+                assert is_shut(bare, where, 22) and lives(session(bare, where))
+        finally:
+            server.kill()
 
 def test_other_public_ports_hold_from_the_next_start(bare):
     hide_at_start(bare, "22/tcp")
@@ -4963,7 +4982,8 @@ def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_a
 
 @pytest.mark.parametrize("fault, code, words", [
     ("a rule that is none", 78, "open_tcp_port is no rule of iptables"),
-    ("a package that is gone", 69, "apt-get install python3-scapy python3-pil"),
+    ("a package that is gone", 69, "PIL is missing on this machine: apt-get install python3-pil"),
+    ("a secret key that is gone", 78, "The server's key is not in the keyring"),
     ("an empty value", 78, "public_ports has to be ports")])
 def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words):
     """As after a reboot: else nobody could get in to mend it."""
@@ -4973,6 +4993,12 @@ def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words
     changes = {"public_ports": "" if fault == "an empty value" else "none"}
     if fault == "a rule that is none":
         changes["open_tcp_port"] = rule
+    if fault == "a secret key that is gone":
+        (home := bare.lab.new("keyring")).mkdir(0o700)
+        server = config_values(bare.conf, "server")
+        sh("cp", server["server_gpg_dir"] + "/pubring.kbx", home)
+        sh("chown", "-R", "--reference", server["server_gpg_dir"], home)
+        changes["server_gpg_dir"] = home
     conf = write(bare.lab.new("conf"), with_settings(bare.conf.read_text(), changes))
     program, prefix = None, ()
     if fault == "a package that is gone":  # covered, as far as this server and its children see
@@ -6127,7 +6153,8 @@ def test_help_has_two_sentences_an_example_that_can_be_typed_and_words_for_each_
         assert any(words.split()[0] == command for _, words in commands), examples
         for program, words in commands:
             assert program in ("tariq.py", "./tariq.py"), examples
-            tariq.command_line().parse_args(shlex.split(words))  # raises Fault
+            name, *rest = shlex.split(words)
+            tariq.parser_of(name).parse_args(rest)  # raises Fault
         options = re.split(r"(?m)^\w.*:\n", said.split("\n\n", 2)[2])[1:]
         for entry in re.findall(r"(?m)^  (\S.*(?:\n {10,}.*)*)", "".join(options)):
             assert re.search(r"\S\s{2,}\S", entry), f"no words: {entry!r}"
