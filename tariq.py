@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -ISXno_debug_ranges
+#!/usr/bin/python3 -IS
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
 you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
 
@@ -43,8 +43,7 @@ The parts, in the order of the file, and who reads what before trusting it with 
     set-up, command line   root; client: you      stdin, your arguments   everybody
 """
 # The first line: -I takes nothing of the caller's environment and directory; -S runs no package's
-# code at the start (see find_packages); -X leaves out what only tracebacks would show, and nobody
-# sees one: compiling this file takes 4 ms less, of each knock.
+# code at the start (see find_packages).
 import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
 import re, select, shlex, signal, socket, struct, subprocess, sys, threading, time, zlib
 from collections import OrderedDict, namedtuple
