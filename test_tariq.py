@@ -248,7 +248,8 @@ class Lab:
 
 # Runs a command where /etc has the lab's passwd and group: with a user `tariq`, as `make_users`
 # says.
-OWN_USERS = 'for name in passwd group; do mount --bind "$0/$name" /etc/$name || exit; done; exec "$@"'
+OWN_USERS = ('for name in passwd group; do mount --bind "$0/$name" /etc/$name || exit; done; '
+             'exec "$@"')
 
 def make_users(directory, uid=None):
     """The machine's users, and `tariq`, by default with a uid and a gid that nobody has."""
@@ -308,7 +309,9 @@ class Server:
         self.poison.mkdir()
         for name in ("iptables", "ip6tables", "iptables-restore", "gpg", "setpriv", "timeout",
                      "json.py", "hmac.py"):
-            mark = f"open('{self.poison}/mark', 'w')" if ".py" in name else f"#!/bin/sh\ntouch {self.poison}/mark"
+            mark = f"#!/bin/sh\ntouch {self.poison}/mark"
+            if ".py" in name:
+                mark = f"open('{self.poison}/mark', 'w')"
             write(self.poison / name, f"{mark}\n", mode=0o755)
         path = f"PATH={self.poison}:{os.environ['PATH']}"
         surroundings = ["setpriv", "--groups", "4,24", "env", "TZ=XXX-13:37", path,
@@ -646,7 +649,8 @@ def second_client(world, name, allow=("O 22",), algorithm=None, options=(), conf
     profile = run(server, "enroll", "-c", conf or world.conf, *flags, input=public).stdout
     run(world.client, "join", "-c", path, "box", user=NOBODY, input=profile)
     start, _, section = path.read_text().partition("[box]\n")
-    return write(path, f"{start}[box]\nhost = {server.ip}\n{section}\n[box6]\nhost = {server.ip6}\n{section}", NOBODY)
+    return write(path, f"{start}[box]\nhost = {server.ip}\n{section}\n[box6]\nhost = "
+                       f"{server.ip6}\n{section}", NOBODY)
 
 def deadline_of(printed):
     """'opened ... until 08:24:33Z' -> seconds since the epoch, at most half a day from now."""
@@ -1230,7 +1234,7 @@ def test_a_file_name_that_looks_like_gpgs_status_lines_proves_nothing(world, pre
 
 # ---- both sides prove who they are: the exchange, spoken by the peer -----------------------------
 
-def test_the_exchange_is_what_the_readme_says_and_the_secret_cannot_pass_a_challenge_off_as_a_result(live):
+def test_the_exchange_is_the_readmes_and_the_secret_alone_passes_no_challenge_off_as_a_result(live):
     """Replies are under a key that only who unsealed the request has: nothing under K or with
     another label is one."""
     peer = Peer(live, "O", "22/tcp").seal()
@@ -1488,7 +1492,7 @@ def napping(world, nap):
     """The pids of those who sleep it."""
     return world.server.run("pgrep", "-f", f"^{nap}$", check=False).stdout.split()
 
-def test_a_command_has_a_limit_of_time_and_output_and_meanwhile_stops_neither_doors_nor_other_knocks(live):
+def test_a_command_has_limits_of_time_and_output_and_stops_neither_doors_nor_other_knocks(live):
     with knocking(live, "E", "sleep", "60") as slow:
         live.tariq.wait_log("+ sleep 60")
         opens(live), opens(live, "E", "echo", "hi")
@@ -1803,7 +1807,8 @@ def router(world):
                  "iptables -A FORWARD -d 192.168.4.0/22 -j ACCEPT",
                  "iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP",
                  "iptables -A FORWARD ! -i eth0 -o eth0 -j ACCEPT", "iptables -P FORWARD DROP",
-                 "iptables -A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"):
+                 "iptables -A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED -j "
+                 "ACCEPT"):
         router.run(*rule.split())
     return router
 
@@ -1866,17 +1871,22 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
     channel.recv(9000)
     def message(knock_id="00" * 12, signer="KEY", command=["O", "22"], ip="c0000207"):
         return json.dumps({"request": [knock_id, signer, command, ip]}).encode()
-    hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b'"log"', b"[" * 8000, b'{"a":' * 1500, message("x"), message(3),
-               message()[:-1], b'{"request": 7}', b'{"request": []}', b'{"log": 7}', b'{"log": ["x"]}',
-               b'{"fault": 7}', b'{"fault": [69]}', b'{"fault": [69, 7]}', b'{"ready": true, "log": "x"}', b'{"end": 1}',
-               b'{"ready": true}', *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
-               *(message(command=it) for it in ("O 22", [], ["O"], ["O", 22], ["O", None], ["O", "*"], ["O", "23"],
-                 ["O", "22", "-j"], ["E", "reboot"], ["E"], ["E", "echo\nx"], [["O", "22"]], {"O": "22"}, "Eid",
-                 ["O", "\u0662\u0662"])),
-               *(message(ip=it) for it in ("192.0.2.7", "00", "c00002", "-j ACCEPT", 5, None, ["c0000207"], "00" * 17)),
+    hostile = [b"{}", b"[]", b"7", b"null", b"\xff", b'"log"', b"[" * 8000, b'{"a":' * 1500,
+               message("x"), message(3), message()[:-1], b'{"request": 7}', b'{"request": []}',
+               b'{"log": 7}', b'{"log": ["x"]}', b'{"fault": 7}', b'{"fault": [69]}',
+               b'{"fault": [69, 7]}', b'{"ready": true, "log": "x"}', b'{"end": 1}',
+               b'{"ready": true}',
+               *(message(signer=it) for it in ("x" * 40, None, ["KEY"], "0" * 40)),
+               *(message(command=it) for it in (
+                   "O 22", [], ["O"], ["O", 22], ["O", None], ["O", "*"], ["O", "23"],
+                   ["O", "22", "-j"], ["E", "reboot"], ["E"], ["E", "echo\nx"], [["O", "22"]],
+                   {"O": "22"}, "Eid", ["O", "\u0662\u0662"])),
+               *(message(ip=it) for it in ("192.0.2.7", "00", "c00002", "-j ACCEPT", 5, None,
+                                           ["c0000207"], "00" * 17)),
                json.dumps({"log": "a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000}).encode()]
     channel.send(b'{"ready": true}')  # the second one, above, is one too many
-    for case in hostile + [message(command=["O", "23"])] * 2000:  # more answers than the channel holds
+    # More answers than the channel holds.
+    for case in hostile + [message(command=["O", "23"])] * 2000:
         channel.send(case)
     answers, last, good = [], b"\x22" * 12, b""
     while not answers or answers[-1][:12] != last:  # the answer to it comes after all others
@@ -2189,7 +2199,7 @@ def test_the_server_stops_cleanly_on_signals_and_leaves_an_empty_chain(idle, nam
         wait_for(lambda: not alive(listener), "the listener outlives its monitor")
         assert idle.server.rules() == idle.server.rules(ip6=True) == []
 
-def test_a_listener_that_hangs_or_misses_the_monitors_death_does_not_stay_and_its_own_closes_every_door(idle):
+def test_a_listener_that_hangs_does_not_outlive_the_monitor_and_its_death_closes_every_door(idle):
     with serving(idle) as server:
         # what reads nothing any more cannot hold up the stop
         os.kill(server.listener, signal.SIGSTOP)
@@ -2376,7 +2386,8 @@ def test_the_listener_refuses_to_run_with_a_privilege_left(idle):
     for leave in ("--bounding-set=-all", "--no-new-privs", "--clear-groups"):
         (fake := idle.lab.new("setpriv")).mkdir()
         instead = "words+=(--groups=4)" if leave == "--clear-groups" else "true"
-        write(fake / "setpriv", f"#!/bin/bash\nwords=()\nfor word; do case $word in {leave}) {instead};; "
+        write(fake / "setpriv", f"#!/bin/bash\nwords=()\nfor word; do case $word in {leave}) "
+                                f"{instead};; "
               f'*) words+=("$word");; esac; done\nexec {fake}/real "${{words[@]}}"\n', mode=0o755)
         shutil.copy("/usr/bin/setpriv", fake / "real")
         covered = "sh", "-c", 'mount --bind "$0/setpriv" /usr/bin/setpriv && exec "$@"', fake
@@ -3029,7 +3040,8 @@ def test_a_client_needs_no_package_and_udp_nothing_that_is_linuxs_own_nor_a_kern
         live):
     """Away with: scapy, Pillow, AF_PACKET, MSG_FASTOPEN, numbers for setsockopt, /proc. As on
     macOS, BSD, Termux."""
-    no_package = "import sys\nfor name in ('scapy', 'PIL', 'ctypes.util'): sys.modules[name] = None\n"
+    no_package = ("import sys\n"
+                  "for name in ('scapy', 'PIL', 'ctypes.util'): sys.modules[name] = None\n")
     change = r"""
 import builtins, socket
 for name in ('AF_PACKET', 'MSG_FASTOPEN', 'SOCK_NONBLOCK', 'SOCK_CLOEXEC', 'AF_NETLINK'):
@@ -3138,7 +3150,7 @@ def test_both_families_doors_open_so_that_ssh_gets_in_by_whichever_it_takes(by_n
     assert opens(by_name, "C", "22", host=client).count("closed tcp/22") == 2
     assert by_name.server.rules() == by_name.server.rules(ip6=True) == []
 
-def test_a_door_that_may_be_open_in_the_other_family_is_not_passed_over_when_closing(by_name, lossy):
+def test_a_door_that_may_be_open_in_the_other_family_is_named_when_closing(by_name, lossy):
     """Nor is an extra door that could not be opened a reason for a line."""
     lossy.run("ip6tables", "-A", "loss", "-j", "DROP")
     client = named(lossy.homes[0], by_name.server.ip6, by_name.server.ip)
@@ -5003,7 +5015,8 @@ def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words
     program, prefix = None, ()
     if fault == "a package that is gone":  # covered, as far as this server and its children see
         import PIL
-        prefix = ("sh", "-c", f'mount -t tmpfs tmpfs {Path(PIL.__file__).parent} && exec "$@"', "sh")
+        prefix = ("sh", "-c", f'mount -t tmpfs tmpfs {Path(PIL.__file__).parent} && exec '
+                              f'"$@"', "sh")
     server = Server(bare.lab, bare.server, conf, program, prefix)
     assert server.process.wait(LONG) == code and words in server.log, server.log
     assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
@@ -5444,20 +5457,25 @@ class Machine(Host):
             mkdir {own}; mount -t tmpfs tmpfs {own}
             for path in /etc /usr/local/bin; do
                 mkdir -p {own}/upper$path {own}/work$path
-                mount -t overlay overlay -o lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path $path
+                dirs=lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path
+                mount -t overlay overlay -o $dirs $path
             done
             for path in /home /root /run; do mount -t tmpfs -o mode=755 tmpfs $path; done
-            mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}; printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
+            mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}
+            printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
             sed -Ei '/^(tariq|me):/d' /etc/passwd /etc/shadow /etc/group /etc/gshadow
             useradd --create-home --shell /bin/bash me
             if command -v sudo; then echo 'me ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/me; else
                 install -m 4755 $(command -v setpriv) /usr/local/bin/setpriv-root
                 install {sudo} /usr/local/bin/sudo; ln -s sudo /usr/local/bin/sudoedit
             fi >/dev/null
-            cp {shutil.copy(TARIQ, f"{own}.py")} /home/me/tariq.py; cp {site.dir}/tariq.conf.example /home/me/
+            cp {shutil.copy(TARIQ, f"{own}.py")} /home/me/tariq.py
+            cp {site.dir}/tariq.conf.example /home/me/
             for home in /root /home/me; do  # each may log in everywhere
-                mkdir -m 700 $home/.ssh; cp {key} $home/.ssh/id_ed25519; cp {key}.pub $home/.ssh/authorized_keys
-                printf 'StrictHostKeyChecking accept-new\\nConnectTimeout {LONG}\\nLogLevel ERROR\\n' > $home/.ssh/config
+                mkdir -m 700 $home/.ssh
+                cp {key} $home/.ssh/id_ed25519; cp {key}.pub $home/.ssh/authorized_keys
+                printf '%s\\n' 'StrictHostKeyChecking accept-new' 'ConnectTimeout {LONG}' \\
+                    'LogLevel ERROR' > $home/.ssh/config
             done
             chown -R me: /home/me
             echo ready; exec sleep infinity"""
@@ -5569,7 +5587,8 @@ def test_set_up_commands_run_twice_do_no_harm_and_keep_what_people_wrote(site, r
     first = type_enroll(remote, laptop)
     for machine, path in (remote, "/etc/tariq/tariq.conf"), \
         (laptop, "/home/me/.config/tariq/tariq.conf"):
-        machine.shell(f"sudo sed -i '1i # mine: 1\\n; mine: 2' {path}; echo '# mine: 3' | sudo tee -a {path}")
+        machine.shell(f"sudo sed -i '1i # mine: 1\\n; mine: 2' {path}; echo '# mine: 3' | sudo "
+                      f"tee -a {path}")
     def state():
         mine = laptop.shell("cat .config/tariq/tariq.conf; tariq.py keygen me@laptop").stdout
         return remote.shell("sudo cat /etc/tariq/tariq.conf").stdout, mine
@@ -5604,7 +5623,8 @@ def test_nothing_secret_is_in_an_argument_or_the_environment_of_the_enrolment(re
 def test_the_set_up_by_hand_for_another_user_works(site, laptop):
     remote, home = Machine(site, "box"), "/etc/tariq/.server-gpg"
     remote.shell(without_systemd(blocks("By hand")[0]))
-    assert remote.run("cat", "/etc/systemd/system/tariq.service").stdout.strip() == tariq.UNIT.strip()
+    unit = remote.run("cat", "/etc/systemd/system/tariq.service").stdout
+    assert unit.strip() == tariq.UNIT.strip()
     type_enroll(remote, laptop)
     server = remote.serve()
     owner = remote.run("stat", "-c", "%u", home).stdout.split()
@@ -5626,7 +5646,8 @@ def test_a_removed_client_is_refused_without_a_restart_and_others_stay(site, rem
     server = remote.serve()
     assert "opened" in laptop.knock("O", "22").stdout
     edit_line, delete = blocks("A client that leaves")[0].splitlines()
-    remote.shell("""printf '#!/bin/sh\nsed -i "/^.allow me@laptop/,/C 22/d" "$1"\n' > editor; chmod +x editor""")
+    remote.shell("""printf '#!/bin/sh\nsed -i "/^.allow me@laptop/,/C 22/d" "$1"\n' > editor
+                    chmod +x editor""")
     remote.shell(f"SUDO_EDITOR=~/editor {edit_line}")
     refused = laptop.knock("O", "22", check=False)
     assert refused.returncode == REFUSED and "may not O 22" in refused.stderr
@@ -5713,7 +5734,8 @@ while read -r word rest; do
     esac
 done
 """
-AGENT_CONF = "~/.config/tariq/gpg/gpg-agent.conf; gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent"
+AGENT_CONF = ("~/.config/tariq/gpg/gpg-agent.conf; "
+              "gpgconf --homedir ~/.config/tariq/gpg --kill gpg-agent")
 
 @pytest.fixture(scope="module")
 def with_passphrase():
@@ -5770,7 +5792,8 @@ def test_pinentry_curses_asks_on_the_terminal_also_where_ssh_runs_the_knock(with
 
 def test_a_wrong_passphrase_or_none_for_want_of_a_terminal_is_a_clear_error(with_passphrase):
     code, said = knock_on_a_terminal(with_passphrase, b"wrong\r")
-    words = b"tariq: The passphrase of the key in /home/me/.config/tariq/gpg was wrong, or was not given.\r\n"
+    words = (b"tariq: The passphrase of the key in /home/me/.config/tariq/gpg was wrong, or was "
+             b"not given.\r\n")
     assert code == 65 and said.endswith(words), said
     done = with_passphrase.knock("O", "22", check=False, start_new_session=True)
     assert done.returncode == 65 and "there is no terminal" in done.stderr
@@ -5869,7 +5892,8 @@ def test_the_words_for_keys(live):
         generate(own, user, "future-default", *at_time(-86400))
     gpg(own, *at_time(-86400), "--quick-set-expire", fingerprint(own, "late@example.com"),
         "seconds=1")
-    revocation = (own / "openpgp-revocs.d" / f"{fingerprint(own, 'gone@example.com')}.rev").read_text()
+    key = fingerprint(own, "gone@example.com")
+    revocation = (own / "openpgp-revocs.d" / f"{key}.rev").read_text()
     gpg(own, "--import", input=revocation.replace(":-----BEGIN", "-----BEGIN"))
     conf = client_with(live, ring=own)
     for user, why in (("late@example.com", "expired on *"), ("gone@example.com", "is revoked")):
@@ -5944,10 +5968,15 @@ def test_the_words_for_what_is_missing_on_a_machine(live):
 def without(world, program):
     """The words that run a command where a program of /usr/bin or /usr/sbin is not installed."""
     own = world.lab.new("usr")
-    script = f"mkdir {own} && mount -t tmpfs tmpfs {own} && cd {own} && mkdir upper work && " \
-        f"for path in /usr/bin /usr/sbin; do mkdir upper$path work$path -p && mount -t overlay overlay " \
-        f"-o lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path $path && rm -f $path/$0; done && " \
-        'exec "$@"'
+    script = f"""set -e
+        mkdir {own}; mount -t tmpfs tmpfs {own}
+        for path in /usr/bin /usr/sbin; do
+            mkdir -p {own}/upper$path {own}/work$path
+            dirs=lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path
+            mount -t overlay overlay -o $dirs $path
+            rm -f $path/$0
+        done
+        exec "$@" """
     return "sh", "-c", script, program
 
 def test_the_words_for_what_is_missing_on_a_servers_machine(idle):
@@ -6008,7 +6037,7 @@ def test_the_words_for_a_full_disk(live):
                           input=key, check=False)
     reads(done, 71, f"The disk that holds {disk}/.server-gpg is full: make room there.")
 
-def test_a_start_that_finds_all_well_logs_four_lines_at_most_and_a_knock_what_it_changes_and_one_more(idle):
+def test_a_good_start_logs_four_lines_at_most_and_a_knock_what_it_changes_and_one_more(idle):
     with serving(idle) as server:
         assert server.log.count("\n") <= 4 and "README" not in server.log, server.log
         for words, lines in (("O 22", (r"\+ iptables -w 5 -A .*", rf"me@laptop \S+ O 22/tcp: "
@@ -6127,8 +6156,8 @@ def test_each_line_that_the_readme_shows_or_explains_is_one_of_the_programs():
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             strings.append(node.value)
     known = " ".join("\0".join(strings).split())
-    varies = r"\.\.\.|[:;()]|\S*[\d@/]\S*|\S*iptables\S*|box\S*|\[allow \w+\](?: key)?|kernel and udp|" \
-        r"\b(?:ago|but|none|O|gnupg|updated)\b"
+    varies = (r"\.\.\.|[:;()]|\S*[\d@/]\S*|\S*iptables\S*|box\S*|\[allow \w+\](?: key)?|"
+              r"kernel and udp|\b(?:ago|but|none|O|gnupg|updated)\b")
     shown = [line for language, block in re.findall(r"(?ms)^```(\S*)\n(.*?)^```$", README)
              for line in block.splitlines() if not language]
     shown += re.findall(r"(?m)^- `([^`]*)`", README)
@@ -6175,11 +6204,13 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     type_enroll(remote, laptop)
     remote.shell("sudo sed -i 's/^    C 22.*/    C 22\\n    E sh */' /etc/tariq/tariq.conf")
     writable = unit("ReadWritePaths")
+    stay = [pattern for path in writable for pattern in (path, f"{path}/*")]
     script = f"""set -e
         for path in {' '.join(writable)}; do mount --rbind $path $path; done
         while read -r _ path _; do
-            case $path in /proc*|/sys*|/dev*|/tmp|{'|'.join(f'{path}|{path}/*' for path in writable)}) ;;
-                *) mount -o remount,bind,ro "$path" || true;; esac  # gone, or covered; what counts is looked at
+            case $path in /proc*|/sys*|/dev*|/tmp|{'|'.join(stay)}) ;;
+                # That it fails (gone, or covered) is no fault: what counts is looked at.
+                *) mount -o remount,bind,ro "$path" || true;; esac
         done < /proc/self/mounts
         for path in /tmp /home /root; do mount -t tmpfs -o mode=1777 tmpfs $path; done
         exec "$@" """
@@ -6188,7 +6219,8 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
                           "setpriv", "--no-new-privs",
                           f"--bounding-set={','.join(['-all', *(f'+{name}' for name in names)])}")
     assert "opened" in laptop.knock("O", "22").stdout and laptop.connects(remote.ip)
-    look = "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /x /etc/x /usr/x /var/x /root/y; id -u"
+    look = ("grep -E 'CapBnd|NoNewPrivs' /proc/self/status; touch /x /etc/x /usr/x /var/x /root/y; "
+            "id -u")
     inside = laptop.knock("E", "sh", "-c", look, check=False).stdout
     assert "CapBnd:\t00000000000031e0\nNoNewPrivs:\t1\n" in inside, inside
     read_only = set(re.findall("'(.*)': Read-only file system", inside))
@@ -6289,16 +6321,19 @@ def demo():
         with Lab() as lab, ExitStack() as stack:
             # runs first: nothing interrupts the removal
             stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)
-            say("Three hosts in network namespaces: a server, a client and a scanner. Yours are not touched.")
+            say("Three hosts in network namespaces: a server, a client and a scanner. Yours are "
+                "not touched.")
             world = new_world(lab, other="scanner", allow=("O 22", "C 22", "E uptime *"))
             server, client, running = world.server, world.client, started(world)
             say("The server runs sshd and Tariq. Only sshd has a socket; Tariq listens on nothing:")
             show(server, "ss", "-Hlntup", expect=":22", without="python")
-            say("The firewall drops all that is new. The scanner tries every port (any host on its switch is \"up\"):")
+            say("The firewall drops all that is new. The scanner tries every port (any host on "
+                "its switch is \"up\"):")
             scan()
             say("The client, an ordinary user, has no luck either:")
             banner(without="SSH")
-            say("It knocks. Server and client prove themselves, and port 22 opens for this client's address:")
+            say("It knocks. Server and client prove themselves, and port 22 opens for this "
+                "client's address:")
             with captured(client, outgoing=True) as recorded:
                 knock("opened tcp/22", "box", "O", "22")
             banner(expect="SSH-2.0")
@@ -6309,13 +6344,15 @@ def demo():
             say("A command that the server allows, without a log-in; and one that it does not:")
             knock("up ", "box", "E", "uptime", "--pretty")
             knock("refused: ", "box", "E", "cat", "/etc/shadow")
-            say("A firewall on the way now drops SYNs with data, as some do. The second try goes by UDP, and closes:")
+            say("A firewall on the way now drops SYNs with data, as some do. The second try goes "
+                "by UDP, and closes:")
             client.run("iptables", "-A", "OUTPUT",
                        *"-p tcp --syn -m length --length 200: -j DROP".split())
             knock("closed tcp/22", "-v", "box", "C", "22")
             client.run("iptables", "-F", "OUTPUT")
             banner(without="SSH")
-            say("Somebody has recorded the knock that opened it, and sends it again from the same address:")
+            say("Somebody has recorded the knock that opened it, and sends it again from the "
+                "same address:")
             sent = [packet.frame for packet in recorded if packet.flags]
             with captured(client) as heard:
                 inject(client, sent)
@@ -6814,13 +6851,16 @@ def start_fwknop(world, kind, port):
         for home, other, other_key in (*homes, user), (*homes[::-1], own):
             gpg(home, "--import", input=gpg(other, "--armor", "--export", other_key).stdout)
             gpg(home, "--import-ownertrust", input=f"{other_key}:6:\n")
-        access += (f"GPG_HOME_DIR {homes[0]}\nGPG_DECRYPT_ID {own[-8:]}\nGPG_ALLOW_NO_PW Y\nGPG_REQUIRE_SIG Y\n"
+        access += (f"GPG_HOME_DIR {homes[0]}\nGPG_DECRYPT_ID {own[-8:]}\nGPG_ALLOW_NO_PW "
+                   f"Y\nGPG_REQUIRE_SIG Y\n"
                    f"GPG_REMOTE_ID {user[-8:]}\n")
-        profile += (f"USE_GPG Y\nGPG_HOMEDIR {homes[1]}\nGPG_RECIPIENT {own[-8:]}\nGPG_SIGNER {user[-8:]}\n"
+        profile += (f"USE_GPG Y\nGPG_HOMEDIR {homes[1]}\nGPG_RECIPIENT {own[-8:]}\nGPG_SIGNER "
+                    f"{user[-8:]}\n"
                     "GPG_NO_SIGNING_PW Y\n")
     else:
         access, profile = f"{access}KEY_BASE64 {key}\n", f"{profile}KEY_BASE64 {key}\n"
-    settings = (f"PCAP_INTF eth0;\nENABLE_PCAP_PROMISC N;\nPCAP_FILTER udp port {port};\nFWKNOP_RUN_DIR {directory};\n"
+    settings = (f"PCAP_INTF eth0;\nENABLE_PCAP_PROMISC N;\nPCAP_FILTER udp port "
+                f"{port};\nFWKNOP_RUN_DIR {directory};\n"
                 f"IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, {chain}, 1;\n")
     words = write(directory / "fwknopd.conf", settings), "-a", \
         write(directory / "access.conf", access)
@@ -6833,8 +6873,10 @@ def start_knockd(world):
     """knockd with the example its package brings, on a chain of its own -> (command, close)."""
     server = world.server
     path = write(world.lab.dir / "knockd.conf",
-                 "[options]\n  logfile = /dev/null\n[open]\n  sequence = 7000,8000,9000\n  seq_timeout = 5\n"
-                 "  tcpflags = syn\n  command = /sbin/iptables -A KNOCKD -s %IP% -p tcp --dport 22 -j ACCEPT\n")
+                 "[options]\n  logfile = /dev/null\n[open]\n  sequence = 7000,8000,9000\n  "
+                 "seq_timeout = 5\n"
+                 "  tcpflags = syn\n  command = /sbin/iptables -A KNOCKD -s %IP% -p tcp --dport "
+                 "22 -j ACCEPT\n")
     for words in "-N KNOCKD", "-A INPUT -j KNOCKD":
         server.run("iptables", *words.split())
     words = "knockd", "-i", "eth0", "-c", path, "-p", world.lab.dir / "knockd.pid"
