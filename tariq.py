@@ -102,7 +102,7 @@ def as_fault(error):
     """Any exception as a Fault: this is where the rest of them get their words."""
     if isinstance(error, Fault):
         return error
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):
         return missing(str(error.name).partition(".")[0])
     if isinstance(error, (FileNotFoundError, PermissionError)) \
             and "/" not in str(error.filename or "/"):
@@ -314,6 +314,8 @@ SIGNED_WITHIN = 600  # seconds: gpg stamps the signature before pinentry asks fo
 WORDS_MAX = 65_536  # bytes that are read of gpg's words
 HOME_MAX = 86  # bytes of a keyring's path: gpg-agent's longest socket in it has 106
 
+TOO_LONG = ("The keyring's path {home} is too long for gpg-agent: move it to one of at most "
+            f"{HOME_MAX} bytes.")
 # What gpg says on stderr, and what its user reads instead.
 GPG_FAULTS = (
     ("No space left", SYSTEM, "The disk that holds {home} is full: make room there."),
@@ -372,8 +374,7 @@ def gpg_fault(home, said):
     """What gpg said -> a Fault in the user's words; gpg's own are its detail."""
     detail = said[-300:]
     if "agent" in said and len(home.encode()) > HOME_MAX:
-        return Fault(CONFIG, f"The keyring's path {home} is too long for gpg-agent: move it to one "
-                             f"of at most {HOME_MAX} bytes.", detail)
+        return Fault(CONFIG, TOO_LONG.format(home=home), detail)
     for pattern, code, words in GPG_FAULTS:
         if re.search(pattern, said):
             return Fault(code, words.format(home=home), detail)
@@ -384,7 +385,8 @@ def list_keys(home, *arguments, data=b""):
     """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
     of `data`. A name that is not there lists none. Raises Fault."""
     try:
-        listing, _, _ = gpg(home, READ_ONLY, "--with-colons", *arguments, data=data)
+        listing, _, _ = gpg(home, READ_ONLY, "--with-colons", "--with-keygrip", *arguments,
+                            data=data)
     except Fault as fault:
         if fault.code != BAD_DATA or not ("--show-keys" in arguments
                                           or re.search("No (secret|public) key", fault.detail)):
@@ -396,7 +398,10 @@ def list_keys(home, *arguments, data=b""):
         if kind in ("pub", "sec"):
             end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
             keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
-                         "expires": end, "can": fields[10]})  # in capitals: what it is good for now
+                         "expires": end, "can": fields[10],  # in capitals: what it is good for now
+                         "grips": []})  # of it and its subkeys: gpg-agent's names for them
+        elif keys and kind == "grp":
+            keys[-1]["grips"].append(fields[8])
         elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
             keys[-1].setdefault(kind, fields[8])  # the first: the primary key's, of 40 digits
     return keys
@@ -1197,7 +1202,7 @@ def check_unprivileged():
     capable = any(int(status[name], 16) for name in status if name.startswith("Cap"))
     if root or capable or status["Groups"].split() or status["NoNewPrivs"].strip() != "1":
         raise Fault(DIED, "The listener still has a privilege of root's: chown -R tariq: the "
-                            "server_gpg_dir.")
+                          "server_gpg_dir.")
 
 def leave_roots_memory():
     """No other process of this user reads this one's memory, which has the secret; and what keys
@@ -1229,7 +1234,7 @@ def cmd_listener(descriptors):
         channel.send(json.dumps({"fault": [fault.code, words[:600]]}).encode())
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else (the listener, python3: only HOME=/; gpg: also LC_ALL
+# Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL
 # and GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
 # (but gpg). In the service all of them are in the unit's sandbox.
 #
@@ -1243,8 +1248,8 @@ def cmd_listener(descriptors):
 #     timedatectl (check)
 #   systemctl (init)                     run             root             60, 120 s OUTPUT_ROOM
 #   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
-#     (init, check, enroll, start)
-#   gpgconf (init, check)                end_agent       keyring's owner  15 s      OUTPUT_ROOM
+#     (init, check, enroll)
+#   gpgconf (init)                       end_agent       keyring's owner  15 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # and around these setpriv(1), and (not around gpg and the listener) timeout(1), which reads no
 # option behind the program's name.
@@ -1353,7 +1358,6 @@ class Door:
 
 IPTABLES = {4: "iptables", 6: "ip6tables"}
 WAIT = ("-w", "5")  # seconds for the lock that iptables' programs share
-LOCK_HELD = 4  # their exit status then (iptables(8))
 EXAMPLES = {4: "192.0.2.1", 6: "2001:db8::1"}  # documentation addresses, to try a rule with
 ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
 # What goes on where all else is dropped: answers and errors; of IPv6 (RFC 4890, 4.4) errors 1-4,
@@ -1384,7 +1388,7 @@ class Iptables:
                           for protocol in ("tcp", "udp")}
         self.public_ports = config.get("public_ports", default=None)  # None: INPUT is not ours
         self.last_port = config.get("secret_ports", default=[0])[-1]
-        self.families = set()  # in which there may be doors
+        self.families = set(IPTABLES)  # in which there may be doors, of an earlier server, too
 
     def rules(self, family, chain, *options):
         """The lines of a chain, as -S prints them. Raises Fault."""
@@ -1461,22 +1465,23 @@ class Iptables:
                                                                  "-A INPUT -j REJECT"))
 
     def prepare(self):
-        """At the start: link the chains, close every door, try the rules that open doors. Raises
-        Fault, before anything is hidden, where a rule for IPv4 is none."""
-        self.check_rules(4)
+        """At the start: close every door, and link the chains. Raises Fault, before anything is
+        hidden, where no door could be made for IPv4. IPv6 is hidden without doors, too."""
+        self.try_rules(4)
         for family, program in IPTABLES.items():
+            hidden = self.public_ports is None  # as far as it is to be
             try:
                 rules = self.put_back(family, anew=True)
-                self.families.add(family)
-                for door in self.example_doors(family):
-                    self.try_rule(door)
+                hidden = True
+                if family == 6:
+                    self.try_rules(6)
                 if doubts := self.doubts(family, rules):
                     log(f"{program}: {doubts} (README, When it does not work).")
             except Fault as fault:
                 if family == 4:
                     raise
-                open_all = self.public_ports is not None and family not in self.families
-                log(f"No doors for IPv6{', and nothing of it is hidden' if open_all else ''}: "
+                self.families.discard(family)
+                log(f"No doors for IPv6{'' if hidden else ', and nothing of it is hidden'}: "
                     f"{fault}")
         if not all("{until}" in template for template in self.templates.values()):
             log("This server ends doors, not the kernel: kill -9 leaves them open.")
@@ -1488,21 +1493,32 @@ class Iptables:
     def check_rules(self, family):
         """Raises Fault where a rule is none. Changes nothing."""
         for door in self.example_doors(family):
-            # Without the default's time limit: what a kernel says to that, `try_rule` sees.
+            # Without the default's time limit: what a kernel says to that, `try_rules` sees.
             rule = door.fill(self.templates[door.protocol].replace(TIME_LIMIT, ""))[2:]
             status, output = query(IPTABLES[family], *WAIT, "-C", self.chain, *rule)
             if status == 2:  # it is no rule; 1: it is not there
                 raise Fault(CONFIG, f"open_{door.protocol}_port is no rule of {IPTABLES[family]}: "
                                     f"{output.strip()[:200]}")
 
-    def try_rule(self, door):
-        # Twice, as the kernel may be short of memory once.
-        if not any(query(*self.words("-A", door))[0] in (0, LOCK_HELD) for _ in range(2)):
-            log(f"{IPTABLES[door.family]} refuses a rule with a time limit: no xt_time here?")
-            for protocol, template in self.templates.items():
-                self.templates[protocol] = template.replace(TIME_LIMIT, "")
-            run(*self.words("-A", door))
-        query(*self.words("-D", door))
+    def takes(self, door):
+        """Add a door's rule -> whether that is possible, or would be without another program's
+        lock. (By its words: the exit status for that is also the one for a kernel's refusal.)"""
+        status, output = query(*self.words("-A", door))
+        return status == 0 or "xtables lock" in output
+
+    def try_rules(self, family):
+        """Add rules that open doors, and delete them. Raises Fault where iptables or this kernel
+        refuses one."""
+        query(IPTABLES[family], *WAIT, "-N", self.chain)  # where it is not there yet
+        self.check_rules(family)
+        for door in self.example_doors(family):
+            # Twice, as the kernel may be short of memory once.
+            if not self.takes(door) and not self.takes(door):
+                log(f"{IPTABLES[family]} refuses a rule with a time limit: no xt_time here?")
+                for protocol, template in self.templates.items():
+                    self.templates[protocol] = template.replace(TIME_LIMIT, "")
+                run(*self.words("-A", door))
+            query(*self.words("-D", door))
 
     def words(self, action, door):
         rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
@@ -1539,7 +1555,9 @@ class Iptables:
     def stop(self, _doors):
         for family in self.families:
             with closing_on():
-                self.transact(family, self.empty_chain(family, self.rules(family, "INPUT")))
+                rules = self.rules(family, "INPUT")
+                if self.ours(rules):
+                    self.transact(family, self.empty_chain(family, rules))
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1727,7 +1745,8 @@ def take_lock(name):
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
 #                          (open_command: as it says)
-#   the listener's death   closed: exit 70, `stop`       the same               stays
+#   the listener's death   closed: `stop`; exit 70, at   the same               stays
+#                            a start also 69 or 78
 #   a reboot               gone                          gone                   again, if it starts
 # Connections that are there go on. A client that is taken out of the config is refused from its
 # next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
@@ -1802,14 +1821,15 @@ class Monitor:
         server ends."""
         try:
             (kind, content), = json.loads(data).items()
-            if kind == "request":
+            if kind == "request" and self.is_ready:
                 knock_id, signer, command, sender = content
                 knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
                 ip, command = str(ipaddress.ip_address(bytes.fromhex(sender))), command_of(command)
             elif kind == "log":
                 words = self.named(content[:1000])
             elif kind == "fault":
-                code, words = content[0], printable(content[1][:1000])
+                code, words = content
+                words = printable(words[:1000])
             elif kind != "ready" or self.is_ready:
                 raise ValueError
         except Exception:  # whatever it is
@@ -1819,7 +1839,8 @@ class Monitor:
         elif kind == "log":
             log(f"listener: {words}")
         elif kind == "fault":
-            raise Fault(code if code in (MISSING, CONFIG) else DIED, words)
+            mendable = code in (MISSING, CONFIG) and not self.is_ready  # systemd leaves it at that
+            raise Fault(int(code) if mendable else DIED, f"The listener says: {words}")
         else:
             self.ready()
 
@@ -1857,6 +1878,7 @@ class Monitor:
         """The listener has all that it needs. Only now is anything hidden: where it could not
         start, nobody could get in to mend that. Raises Fault."""
         self.is_ready = True
+        self.policy()  # `hide --undo` may have been meanwhile
         self.firewall.prepare()
         log(f"listening for knocks on {len(self.ports)} ports")
         if self.notify_socket:  # sd_notify(3); @: an abstract address
@@ -1983,8 +2005,8 @@ class Monitor:
                 with suppress(ConnectionError):
                     message = self.channel.recv(MESSAGE_MAX)
                 if not message:
-                    raise Fault(DIED, "The listener died without a word, and the doors are closed: "
-                                      "killed, or setpriv failed.")
+                    raise Fault(DIED, "The listener died without a word: it was killed, or could "
+                                      "not be started. The doors are closed.")
                 self.handle(message)
 
 # The kernel's filter on the packet socket (classic BPF, linux/filter.h): it spares the listener
@@ -2263,9 +2285,8 @@ def cmd_init(options):
         log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
             f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
-def check_iptables(firewall):
-    """Say what INPUT does, and what listens and is public -> faults, a line each. Raises Fault."""
-    faults = []
+def check_iptables(firewall, faults):
+    """Say what INPUT does, and what listens and is public. Adds to faults. Raises Fault."""
     for family, program in IPTABLES.items():
         try:
             firewall.check_rules(family)
@@ -2282,7 +2303,6 @@ def check_iptables(firewall):
     _, rules = query("iptables", "-t", "nat", "-S", "DOCKER")
     if published := re.findall(r"--dport (\d+) .*-j DNAT", rules):
         log(f"Docker publishes ports past INPUT, hidden or not: {' '.join(published)}.")
-    return faults
 
 def cmd_check(options):
     """Say what is wrong with a server's config, keys and firewall, as root. It changes nothing:
@@ -2299,13 +2319,16 @@ def cmd_check(options):
             faults.append(str(as_fault(error)))
     if home := config.get("server_gpg_dir", default=None):
         attempt(as_owner, home)
-        keys = {key.get("fpr"): key for option in ("--list-keys", "--list-secret-keys")
-                for key in attempt(list_keys, home, option) or []}
+        if len(home.encode()) > HOME_MAX:
+            faults.append(TOO_LONG.format(home=home))
+        keys = {key.get("fpr"): key for key in attempt(list_keys, home, "--list-keys") or []}
         wanted = {config.get("server_key", default=""): "server", **config.clients}
         for fingerprint, section in wanted.items():
             key = keys.get(fingerprint)
-            if section == "server" and key and key["kind"] != "sec":
-                key = None
+            if section == "server" and key:
+                # To ask gpg for the secret key would start gpg-agent outside the service.
+                files = [f"{home}/private-keys-v1.d/{grip}.key" for grip in key["grips"]]
+                key = key if any(map(os.path.exists, files)) else None
             if trouble := trouble_with(key, "E" if section == "server" else "S", home):
                 faults.append(f"The key of [{section}] {trouble}.")
             else:
@@ -2313,11 +2336,9 @@ def cmd_check(options):
     if firewall := attempt(firewall_of, config):
         if (lock := take_lock(firewall.chain)) is not None:
             os.close(lock)
-            log("No server runs: sudo systemctl status tariq")
-            if home:
-                attempt(end_agent, home)  # which looking for the server's key has started
+            log("No server runs by this config: sudo systemctl status tariq")
         if isinstance(firewall, Iptables):
-            faults += attempt(check_iptables, firewall) or []
+            attempt(check_iptables, firewall, faults)
     with suppress(Fault):  # no systemd here knows
         if query("timedatectl", "show", "--value", "-p", "NTPSynchronized")[1] == "no\n":
             log("The clock is not synchronised: when it is a minute off, no knock is answered.")

@@ -1884,6 +1884,7 @@ if sys.argv[1:2] == ["listener"]:  # one that was taken over
                *(message(ip=it) for it in ("192.0.2.7", "00", "c00002", "-j ACCEPT", 5, None,
                                            ["c0000207"], "00" * 17)),
                json.dumps({"log": "a\n<3>b\x1b[2J\ud800\u202e" + "x" * 3000}).encode()]
+    channel.send(message())  # before it is ready
     channel.send(b'{"ready": true}')  # the second one, above, is one too many
     # More answers than the channel holds.
     for case in hostile + [message(command=["O", "23"])] * 2000:
@@ -4325,15 +4326,25 @@ STOPS = {
     "no such keyring": {"server_gpg_dir": "/nonexistent"},
     "root's keyring": {"server_gpg_dir": "ROOTS"},
     "no such key": {"server_key": "0" * 40},
+    "no secret key": {"server_gpg_dir": "PUBLIC"},
     "no rule": {"open_tcp_port": "-A tariq {ip} {dport} --nonsense"},
     "{ip}/24": {"open_tcp_port": "-A tariq -s {ip}/24 -p tcp --dport {dport} -j ACCEPT"},
 }
+
+def public_keyring(world):
+    """The server's, without its secret keys."""
+    (home := world.lab.new("keyring")).mkdir(0o700)
+    server = config_values(world.conf, "server")
+    sh("cp", server["server_gpg_dir"] + "/pubring.kbx", home)
+    sh("chown", "-R", "--reference", server["server_gpg_dir"], home)
+    return home
 
 @pytest.mark.parametrize("fault", STOPS)
 def test_check_finds_what_stops_a_start_and_the_service_is_not_ready_then(live, fault):
     """NOTIFY_SOCKET, as systemd with Type=notify has it: without READY=1 a restart fails aloud."""
     (roots := live.lab.new("keyring")).mkdir(0o700)
-    settings = {key: roots if value == "ROOTS" else value for key, value in STOPS[fault].items()}
+    places = {"ROOTS": roots, "PUBLIC": public_keyring(live)}
+    settings = {key: places.get(value, value) for key, value in STOPS[fault].items()}
     path = write(live.lab.new("conf"), with_settings(live.conf.read_text(), settings))
     done = check(live, path)
     assert done.returncode == CONFIG_FAULT and "FAULT: " in done.stderr, done
@@ -4994,6 +5005,7 @@ def test_what_is_hidden_stays_so_whatever_is_written_there_until_a_restart_and_a
 
 @pytest.mark.parametrize("fault, code, words", [
     ("a rule that is none", 78, "open_tcp_port is no rule of iptables"),
+    ("a rule that the kernel refuses", 71, "iptables failed"),
     ("a package that is gone", 69, "PIL is missing on this machine: apt-get install python3-pil"),
     ("a secret key that is gone", 78, "The server's key is not in the keyring"),
     ("an empty value", 78, "public_ports has to be ports")])
@@ -5005,12 +5017,11 @@ def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words
     changes = {"public_ports": "" if fault == "an empty value" else "none"}
     if fault == "a rule that is none":
         changes["open_tcp_port"] = rule
+    if fault == "a rule that the kernel refuses":  # this match it takes in other tables only
+        changes["open_tcp_port"] = ("-A tariq -s {ip} -p tcp -m rpfilter --dport {dport} "
+                                    "-j ACCEPT")
     if fault == "a secret key that is gone":
-        (home := bare.lab.new("keyring")).mkdir(0o700)
-        server = config_values(bare.conf, "server")
-        sh("cp", server["server_gpg_dir"] + "/pubring.kbx", home)
-        sh("chown", "-R", "--reference", server["server_gpg_dir"], home)
-        changes["server_gpg_dir"] = home
+        changes["server_gpg_dir"] = public_keyring(bare)
     conf = write(bare.lab.new("conf"), with_settings(bare.conf.read_text(), changes))
     program, prefix = None, ()
     if fault == "a package that is gone":  # covered, as far as this server and its children see
@@ -5020,6 +5031,67 @@ def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words
     server = Server(bare.lab, bare.server, conf, program, prefix)
     assert server.process.wait(LONG) == code and words in server.log, server.log
     assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
+
+def test_a_start_that_fails_closes_the_doors_that_an_earlier_server_left(bare):
+    """Which was killed, while a door without an end was open."""
+    write(bare.conf, with_settings(bare.conf.read_text(), {"open_timeout": 0}))
+    opens(bare)
+    bare.tariq.process.kill()
+    bare.tariq.process.wait(LONG)
+    assert len(bare.server.rules()) == 1
+    server = Server(bare.lab, bare.server, bare.conf, bare.lab.program(NO_PILLOW))
+    assert server.process.wait(LONG) == DIED and bare.server.rules() == [], server.log
+    said = "tariq: The listener says: ImportError: libtiff.so.6: cannot open shared object file"
+    assert said in server.log.splitlines(), "not that a package is to be installed"
+
+NO_PILLOW = """
+class Half:  # a package that is there, and cannot be loaded
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("PIL"):
+            raise ImportError("libtiff.so.6: cannot open shared object file")
+sys.meta_path.insert(0, Half())
+"""
+
+def test_an_undo_while_a_server_starts_is_not_undone_by_it(bare):
+    hide_at_start(bare)
+    assert bare.tariq.stop() == 0
+    flag, go = bare.lab.new("starting"), bare.lab.new("go")
+    program = bare.lab.program(f"ready = tariq.Monitor.ready\n"
+                               f"def wait(monitor):\n"
+                               f"    open('{flag}', 'w').close()\n"
+                               f"    while not os.path.exists('{go}'):\n"
+                               f"        tariq.time.sleep(0.01)\n"
+                               f"    ready(monitor)\n"
+                               f"tariq.Monitor.ready = wait\n")
+    server = Server(bare.lab, bare.server, bare.conf, program)
+    try:
+        wait_for(flag.exists)
+        assert hide(bare, "--undo").returncode == 0 and not any(jumps(bare))
+        go.touch()
+        server.wait_log("listening for")
+        assert not any(jumps(bare)) and gets_in(bare) and server.stop() == 0
+    finally:
+        server.kill()
+
+@pytest.mark.parametrize("before, fault, code", [
+    ("", "[69, 'apt-get install a']", 69), ("", "[78.0, 'b']", 78), ("", "[0, 'c']", DIED),
+    ("ready", "[69, 'd']", DIED)])
+def test_the_last_word_of_a_listener_is_marked_as_its_own_and_decides_the_exit_code_at_a_start(
+        idle, before, fault, code):
+    """By 69 and 78 systemd does not start it again: one that was taken over later cannot ask for
+    that."""
+    program = idle.lab.program(
+        "if sys.argv[1:2] == ['listener']:\n"
+        "    channel = socket.socket(fileno=int(sys.argv[-1]))\n"
+        "    channel.recv(9000)\n"
+        f"    for kind in {before.split()}:\n"
+        "        channel.send(json.dumps({kind: True}).encode())\n"
+        f"    channel.send(json.dumps({{'fault': {fault}}}).encode())\n"
+        "    os._exit(0)\n")
+    done = idle.server.run(program, "server", "-c", variant(idle), check=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == code, done
+    assert re.fullmatch("tariq: The listener says: (apt-get install )?[abcd]", last), done
 
 def test_a_stop_changes_nothing_in_input(bare):
     """Whoever flushed it on purpose, from the console, is not locked out by the stop that
@@ -5989,7 +6061,9 @@ def test_the_words_for_what_is_missing_on_a_servers_machine(idle):
     done = idle.other.run(*without(idle, "gpg"), idle.lab.dir / "tariq.py", "server", "-c",
         idle.conf, check=False)
     assert done.returncode == 69, done
-    assert done.stderr == "tariq: gpg is missing on this machine: apt-get install gnupg\n"
+    last = done.stderr.splitlines()[-1]
+    assert last == ("tariq: The listener says: gpg is missing on this machine: apt-get install "
+                    "gnupg")
 
 def test_the_words_of_roots_commands(live):
     program = live.lab.dir / "tariq.py"
