@@ -208,6 +208,8 @@ class Lab:
     def __exit__(self, *_):
         self.janitor.stdin.close()
         self.janitor.wait(600)
+        wait_for(lambda: not sh("pgrep", "-f", self.dir, check=False).stdout,
+                 f"something that was started with {self.dir} still runs")
 
     def new(self, name):
         """A path of the lab's own that nothing has yet."""
@@ -3659,9 +3661,11 @@ class Container(Host):
 
     def remove(self):
         self.run("ip", "link", "del", "eth0")  # else it may answer who gets its address
+        for pid in sh("ip", "netns", "pids", self.netns).stdout.split():  # sshd is one of them
+            os.kill(int(pid), signal.SIGKILL)
         for process in self.init, self.outer:
-            process.kill()
             process.wait()
+        wait_for(lambda: not sh("ip", "netns", "pids", self.netns).stdout, "something stays")
         sh("ip", "netns", "del", self.netns)
 
 @pytest.fixture
@@ -5193,7 +5197,15 @@ def test_undo_takes_the_key_out_however_it_is_written(bare, written):
     opens(bare), opens(bare, "C", "22")
     assert not any(jumps(bare))
 
-def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(tmp_path):
+@pytest.fixture
+def kept_umask():
+    """For a test that calls what sets it: the tests behind it in this process have their own."""
+    umask = os.umask(0o022)
+    yield
+    os.umask(umask)
+
+def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(tmp_path,
+                                                                               kept_umask):
     text = re.sub(r"(?m)^(?=\w+ =)", "  ", CONFIG).replace("[server]\n", "[server]\n; mine\n\n")
     path = write_config(tmp_path / "tariq.conf", text)
     text, before = path.read_text(), tariq.Config(path).values["server"]
