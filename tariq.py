@@ -626,11 +626,18 @@ def split(packet, link):
     start = at + (packet[at + 12] >> 4) * 4
     return Packet(sender, own, port, own_port, packet[at:at + 20], packet[start:], link)
 
+def ip_layers():
+    """scapy's modules for IPv4 and IPv6; never scapy.all. It would load the package cryptography,
+    too, for what is not used here: that takes 36 ms and 6 MB, and is code less in the listener."""
+    sys.modules.setdefault("cryptography", None)  # None: an import of it fails, which scapy expects
+    from scapy.layers import inet, inet6
+    return inet, inet6
+
 def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     """An IP packet's bytes, as Linux makes it where net.ipv4.tcp_timestamps is 0: a datagram or,
     with flags, a SYN, SYN-ACK (these: a random seq) or ACK. Addresses are text."""
     import secrets
-    from scapy.layers import inet, inet6  # never scapy.all; 0.1 s, which other transports save
+    inet, inet6 = ip_layers()  # 0.1 s, which other transports save
     six, nop = ":" in to, ("NOP", None)
     upper = inet.TCP(flags=flags, seq=seq, ack=ack, window=501) if flags else inet.UDP()
     if "S" in flags:
@@ -1219,7 +1226,8 @@ def cmd_listener(descriptors):
         check_unprivileged()
         leave_roots_memory()  # before there is a secret in it
         listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
-        import PIL.PngImagePlugin, scapy.layers.inet6  # now, so that no knock waits for them
+        ip_layers()  # now, so that no knock waits for it, nor for Pillow:
+        import PIL.PngImagePlugin
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
         if trouble := trouble_with(key, "E", listener.home):
             raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
