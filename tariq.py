@@ -442,7 +442,7 @@ def seal(home, data, signer, recipient):
 # can decrypt a seal can encrypt it to somebody else. (Of hidden recipients only `own` is tried.)
 PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
 # And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
-TROUBLE = re.compile("(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED")
+TROUBLE = "(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED"
 
 def unseal(home, sealed, own):
     """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
@@ -455,7 +455,7 @@ def unseal(home, sealed, own):
     status = [words for words in status if words[:2] != ["FAILURE", "gpg-exit"]]  # status 2, in 2.4
     keywords = [words[0] for words in status]
     if any(keywords.count(proof) != 1 for proof in PROOFS) \
-            or any(TROUBLE.fullmatch(keyword) for keyword in keywords):
+            or any(re.fullmatch(TROUBLE, keyword) for keyword in keywords):
         raise Fault(BAD_DATA, why_refused(status), said[-300:])
     # VALIDSIG fingerprint date TIMESTAMP expiry version reserved algorithm hash class PRIMARY
     valid = status[keywords.index("VALIDSIG")]
@@ -988,8 +988,9 @@ def cmd_knock(options):
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
-# Monitor.handle says; and send any packet by its socket, on any interface. It cannot receive more
-# than its filter passes, be root, or change the config, a rule or another file.
+# Monitor.handle says; send any packet by its packet socket, on any interface, and receive by that
+# what its filter passes; and do what any unprivileged user can, with the network, too. It cannot be
+# root, or change the config, a rule or another user's file.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -1756,14 +1757,18 @@ def take_lock(name):
 # What ends what           doors                         commands, listener     what is hidden
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
-#                          (open_command: as it says)
+#                          (open_command: as it
+#                          says); without an end there,
+#                          not before the next start
 #   the listener's death   closed: `stop`; exit 70, at   the same               stays
 #                            a start also 69 or 78
 #   a reboot               gone                          gone                   again, if it starts
 # Connections that are there go on. A client that is taken out of the config is refused from its
 # next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
-# knock; log lines may be lost. After a SIGKILL systemd starts it again, in 5 s, and a start closes
-# what iptables has of doors. gpg-agent ends with the service; by hand, with its keyring.
+# knock; log lines may be lost. A flush of the firewall opens what is hidden until the next request.
+# The kernel's ends are of the wall clock: set back, it ends later. After a SIGKILL systemd starts
+# it again, in 5 s, and a start closes what iptables has of doors. gpg-agent ends with the service;
+# by hand, with its keyring.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
 
