@@ -1247,8 +1247,8 @@ def cmd_listener(descriptors):
         channel.send(json.dumps({"fault": [fault.code, words[:600]]}).encode())
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL
-# and GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
+# Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL and
+# GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
 # (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
@@ -1507,8 +1507,7 @@ class Iptables:
         """Raises Fault where a rule is none. Changes nothing."""
         for door in self.example_doors(family):
             # Without the default's time limit: what a kernel says to that, `try_rules` sees.
-            rule = door.fill(self.templates[door.protocol].replace(TIME_LIMIT, ""))[2:]
-            status, output = query(IPTABLES[family], *WAIT, "-C", self.chain, *rule)
+            status, output = query(*self.words("-C", door, limit=""))
             if status == 2:  # it is no rule; 1: it is not there
                 raise Fault(CONFIG, f"open_{door.protocol}_port is no rule of {IPTABLES[family]}: "
                                     f"{output.strip()[:200]}")
@@ -1533,8 +1532,10 @@ class Iptables:
                 run(*self.words("-A", door))
             query(*self.words("-D", door))
 
-    def words(self, action, door):
-        rule = door.fill(self.templates[door.protocol])[2:]  # without its -A CHAIN
+    def words(self, action, door, limit=TIME_LIMIT):
+        """The command line that adds (-A), deletes (-D) or looks for (-C) a door's rule."""
+        template = self.templates[door.protocol].replace(TIME_LIMIT, limit)
+        rule = door.fill(template)[2:]  # without its -A CHAIN
         return [IPTABLES[door.family], *WAIT, action, self.chain, *rule]
 
     def open(self, door):

@@ -5030,11 +5030,19 @@ def test_a_start_that_ends_without_a_door_hides_nothing(bare, fault, code, words
     program, prefix = None, ()
     if fault == "a package that is gone":  # covered, as far as this server and its children see
         import PIL
-        prefix = ("sh", "-c", f'mount -t tmpfs tmpfs {Path(PIL.__file__).parent} && exec '
-                              f'"$@"', "sh")
+        place = Path(PIL.__file__).parent
+        prefix = ("sh", "-c", f'mount -t tmpfs tmpfs {place} && exec "$@"', "sh")
     server = Server(bare.lab, bare.server, conf, program, prefix)
     assert server.process.wait(LONG) == code and words in server.log, server.log
     assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
+
+NO_PILLOW = """
+class Half:  # a package that is there, and cannot be loaded
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("PIL"):
+            raise ImportError("libtiff.so.6: cannot open shared object file")
+sys.meta_path.insert(0, Half())
+"""
 
 def test_a_start_that_fails_closes_the_doors_that_an_earlier_server_left(bare):
     """Which was killed, while a door without an end was open."""
@@ -5048,25 +5056,17 @@ def test_a_start_that_fails_closes_the_doors_that_an_earlier_server_left(bare):
     said = "tariq: The listener says: ImportError: libtiff.so.6: cannot open shared object file"
     assert said in server.log.splitlines(), "not that a package is to be installed"
 
-NO_PILLOW = """
-class Half:  # a package that is there, and cannot be loaded
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith("PIL"):
-            raise ImportError("libtiff.so.6: cannot open shared object file")
-sys.meta_path.insert(0, Half())
-"""
-
 def test_an_undo_while_a_server_starts_is_not_undone_by_it(bare):
     hide_at_start(bare)
     assert bare.tariq.stop() == 0
     flag, go = bare.lab.new("starting"), bare.lab.new("go")
-    program = bare.lab.program(f"ready = tariq.Monitor.ready\n"
-                               f"def wait(monitor):\n"
+    program = bare.lab.program("ready = tariq.Monitor.ready\n"
+                               "def wait(monitor):\n"
                                f"    open('{flag}', 'w').close()\n"
                                f"    while not os.path.exists('{go}'):\n"
-                               f"        tariq.time.sleep(0.01)\n"
-                               f"    ready(monitor)\n"
-                               f"tariq.Monitor.ready = wait\n")
+                               "        tariq.time.sleep(0.01)\n"
+                               "    ready(monitor)\n"
+                               "tariq.Monitor.ready = wait\n")
     server = Server(bare.lab, bare.server, bare.conf, program)
     try:
         wait_for(flag.exists)
@@ -5520,6 +5520,15 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 exec setpriv-root --reuid=$user --regid=$user --init-groups env -i HOME=/root PATH=$path "$@"
 """
 
+def overlaid(own, *paths):
+    """Shell commands: what is changed in these directories from now on lies in a new one, `own`."""
+    return f"""mkdir {own}; mount -t tmpfs tmpfs {own}
+        for path in {' '.join(paths)}; do
+            mkdir -p {own}/upper$path {own}/work$path
+            dirs=lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path
+            mount -t overlay overlay -o $dirs $path
+        done"""
+
 class Machine(Host):
     """A host with /etc, /usr/local/bin, homes and /run of its own. Its ordinary user is `me`, who
     may sudo."""
@@ -5538,12 +5547,7 @@ class Machine(Host):
         names = "".join(f"198.51.100.{number} {host} {host}.example.com\\n" for host,
                         number in NAMES.items())
         script = f"""set -e
-            mkdir {own}; mount -t tmpfs tmpfs {own}
-            for path in /etc /usr/local/bin; do
-                mkdir -p {own}/upper$path {own}/work$path
-                dirs=lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path
-                mount -t overlay overlay -o $dirs $path
-            done
+            {overlaid(own, "/etc", "/usr/local/bin")}
             for path in /home /root /run; do mount -t tmpfs -o mode=755 tmpfs $path; done
             mkdir /run/sshd; rm -rf /etc/tariq; hostname {name}
             printf '127.0.0.1 localhost\\n{names}' > /etc/hosts
@@ -6053,13 +6057,8 @@ def without(world, program):
     """The words that run a command where a program of /usr/bin or /usr/sbin is not installed."""
     own = world.lab.new("usr")
     script = f"""set -e
-        mkdir {own}; mount -t tmpfs tmpfs {own}
-        for path in /usr/bin /usr/sbin; do
-            mkdir -p {own}/upper$path {own}/work$path
-            dirs=lowerdir=$path,upperdir={own}/upper$path,workdir={own}/work$path
-            mount -t overlay overlay -o $dirs $path
-            rm -f $path/$0
-        done
+        {overlaid(own, "/usr/bin", "/usr/sbin")}
+        rm -f /usr/bin/$0 /usr/sbin/$0
         exec "$@" """
     return "sh", "-c", script, program
 
