@@ -271,11 +271,16 @@ def set_up_link(host, interface, *addresses):
            *(["nodad"] if ":" in address else []))
     sh("ip", "-n", host.netns, "link", "set", interface, "up")
 
+def run_init(lab, host, path, uid=None, **options):
+    """`init` of a server with this config, by the lab's users: none comes to this machine's."""
+    users = make_users(lab.dir / f"users{uid or ''}", uid)
+    return host.run("sh", "-c", OWN_USERS, users, lab.dir / "tariq.py", "init", "-c", path,
+                    **options)
+
 def make_server(lab, host, directory="server", **settings):
     """A server set up by `init`, with settings changed; returns the config's path."""
     path = lab.dir / directory / "tariq.conf"
-    users = make_users(lab.dir / "users")
-    host.run("sh", "-c", OWN_USERS, users, lab.dir / "tariq.py", "init", "-c", path)
+    run_init(lab, host, path)
     return write(path, with_settings(path.read_text(), settings))
 
 def with_settings(text, settings):
@@ -2151,12 +2156,10 @@ def test_init_leaves_no_agent_outside_the_service_and_nobody_else_can_hold_the_s
 
 def test_init_refuses_a_persons_account_and_leaves_an_existing_set_up_alone(live):
     text, keys = live.conf.read_text(), gpg(live.ring, "--list-secret-keys").stdout
-    assert "wrote" not in live.lab.tariq(live.server, "init", "-c", live.conf).stderr
+    assert "wrote" not in run_init(live.lab, live.server, live.conf).stderr
     assert live.conf.read_text() == text and gpg(live.ring, "--list-secret-keys").stdout == keys
     conf = live.lab.dir / "person" / "tariq.conf"
-    users = make_users(live.lab.new("users"), 1000)
-    done = live.server.run("sh", "-c", OWN_USERS, users, live.lab.dir / "tariq.py", "init", "-c",
-        conf, check=False)
+    done = run_init(live.lab, live.server, conf, uid=1000, check=False)
     assert done.returncode == 71 and "is a person's" in done.stderr \
         and os.listdir(conf.parent) == []
 
@@ -4031,7 +4034,7 @@ def test_the_longest_path_that_gpg_agent_takes_works(idle):
 @TOO_LONG
 def test_init_with_a_path_that_is_too_long_has_words_for_it(idle, size):
     conf = long_path(idle.lab, size - len("/.server-gpg")) / "tariq.conf"
-    done = idle.lab.tariq(idle.server, "init", "-c", conf, check=False)
+    done = run_init(idle.lab, idle.server, conf, check=False)
     assert done.returncode == 78 and "too long" in done.stderr and not conf.exists(), done
 
 @TOO_LONG
