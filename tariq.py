@@ -270,6 +270,8 @@ class Config:
 
     def parse_section(self, name):
         kind = name.partition(" ")[0]  # server, allow; or client, or a host's name
+        if name == "allow":
+            self.add_fault(name, "names no client: write [allow NAME].")
         values = self.values[name] = {}
         for key, text in self.ini[name].items():
             if key not in (IN_ALLOW if kind == "allow" else ELSEWHERE):
@@ -751,6 +753,9 @@ def is_public(address):
     ip = ipaddress.ip_address(address)
     return ip.is_global and not any(ip in network for network in BEHIND_NAT)
 
+def same_family(address, other):
+    return (":" in address) == (":" in other)
+
 class Exchange:
     """One knock by one route: what it sends, and what it believes: nothing but frames with k' as
     their key. From the challenge on, that the server is its own, and saw the knock come from
@@ -781,7 +786,8 @@ class Exchange:
         own, seen, wanted = self.route.own, challenge.seen, self.client.address
         if wanted == "any":
             right = True
-        elif wanted and (":" in wanted) in (":" in own, ":" in seen):  # NAT64: own is of IPv6
+        elif wanted and (same_family(wanted, own) or same_family(wanted, seen)):
+            # By NAT64 the two differ.
             right = seen == wanted
         else:  # nothing is said of this family. A private address: NAT shows another
             right = seen == own or not is_public(own)
@@ -947,8 +953,9 @@ def cmd_knock(options):
             _, _, result = client.knock(others, [transport], 3 * client.took)
             status, fault = report(client, result), None
         except Fault as error:  # an extra; but what may be open is said to be
-            if client.command[0] == "C":
-                log(f"tariq: not closed for {others[0].address}: {error}")
+            if client.command[0] == "C" or error.code == RELAYED:
+                done = "closed" if client.command[0] == "C" else "opened"
+                log(f"tariq: not {done} for {others[0].address}: {error}")
     if fault:
         raise fault
     return status
@@ -1526,9 +1533,10 @@ class Iptables:
         for door in self.example_doors(family):
             # Twice, as the kernel may be short of memory once.
             if not self.takes(door) and not self.takes(door):
-                log(f"{IPTABLES[family]} refuses a rule with a time limit: no xt_time here?")
-                for protocol, template in self.templates.items():
-                    self.templates[protocol] = template.replace(TIME_LIMIT, "")
+                if family == 4 and TIME_LIMIT in self.templates[door.protocol]:
+                    log("iptables refuses a rule with a time limit: no xt_time here?")
+                    for protocol, template in self.templates.items():
+                        self.templates[protocol] = template.replace(TIME_LIMIT, "")
                 run(*self.words("-A", door))
             query(*self.words("-D", door))
 
@@ -1739,7 +1747,8 @@ def packets_in(firewall):
     for family in IPTABLES:
         with suppress(Fault):  # there is no ip6tables
             for rule in firewall.rules(family, firewall.chain, "-v"):
-                if counters := re.search(r"NEW.*( -c (\d+) \d+)", rule):
+                # A door's rule, and no other but that for DHCP (KEPT), has a source.
+                if counters := re.search(r" -s (?!fe80::/10 ).*( -c (\d+) \d+)", rule):
                     packets[rule.replace(counters[1], "")] = int(counters[2])
     return packets
 
@@ -2029,8 +2038,7 @@ class Monitor:
 
 # The kernel's filter on the packet socket (classic BPF, linux/filter.h): it spares the listener
 # the machine's other traffic; `gate` trusts nothing of it. Each line: an operation, its number, and
-# how many lines a comparison skips if it holds, and if not. So after the ones with 1, 0 the next
-# line is for what does not hold, and after those with 0, 1 for what does.
+# how many lines a comparison skips if it holds, and if not.
 LOAD_WORD, LOAD_HALF_AT_X, LOAD_BYTE, LOAD_LENGTH = 0x20, 0x48, 0x30, 0x80
 SET_X, SET_X_TO_IPV4_LENGTH, AND, RETURN = 0x01, 0xB1, 0x54, 0x06
 EQUAL, GREATER, AT_LEAST = 0x15, 0x25, 0x35
@@ -2039,19 +2047,25 @@ PACKET_HOST = 0  # sent to this machine's link address, so not by it
 DROP = (RETURN, 0, 0, 0)
 PASS = (RETURN, MOST, 0, 0)
 
+def when(comparison, number, line):
+    return [(comparison, number, 0, 1), line]
+
+def unless(comparison, number, line):
+    return [(comparison, number, 1, 0), line]
+
 def filter_lines(ports):
     """What may be a frame passes, whole."""
     lines = [
-        (LOAD_WORD, PACKET_TYPE, 0, 0), (EQUAL, PACKET_HOST, 1, 0), DROP,
+        (LOAD_WORD, PACKET_TYPE, 0, 0), *unless(EQUAL, PACKET_HOST, DROP),
         (LOAD_WORD, VLAN_TAG, 0, 0), (AND, 0xFFF, 0, 0),
-        (EQUAL, 0, 1, 0), DROP,  # the VLAN's own interface delivers it again
-        (LOAD_LENGTH, 0, 0, 0), (AT_LEAST, LEAST, 1, 0), DROP, (GREATER, MOST, 0, 1), DROP,
+        *unless(EQUAL, 0, DROP),  # the VLAN's own interface delivers it again
+        (LOAD_LENGTH, 0, 0, 0), *unless(AT_LEAST, LEAST, DROP), *when(GREATER, MOST, DROP),
         (SET_X, 40, 0, 0),  # X: the length of the IP header, here IPv6's
-        (LOAD_BYTE, 0, 0, 0), (AT_LEAST, 0x60, 1, 0), (SET_X_TO_IPV4_LENGTH, 0, 0, 0),
+        (LOAD_BYTE, 0, 0, 0), *unless(AT_LEAST, 0x60, (SET_X_TO_IPV4_LENGTH, 0, 0, 0)),
         (LOAD_HALF_AT_X, 2, 0, 0),  # the destination port
     ]
     for port in ports:
-        lines += [(EQUAL, port, 0, 1), PASS]
+        lines += when(EQUAL, port, PASS)
     return [*lines, DROP]
 
 SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/socket.h
@@ -2150,7 +2164,7 @@ Type=notify
 ExecStart={PROGRAM} server
 Restart=on-failure
 RestartSec=5
-RestartPreventExitStatus=64 69 78
+RestartPreventExitStatus=69 78
 KillMode=mixed
 TasksMax=1024
 OOMScoreAdjust=-900
@@ -2213,7 +2227,7 @@ def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
     _, lock = locked_directory(path)
     text = Config(path, root=True).text.rstrip() + "\n"
-    server = re.search(r"(?ms)^\[server\].*?(?=^\[|\Z)", text)[0]
+    server = re.search(r"(?ms)^[ \t]*\[server\].*?(?=^[ \t]*\[|\Z)", text)[0]
     # With its continuation lines, which are indented more; the other keys may be indented, too.
     without = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "", server)
     header, rest = without.split("\n", 1)
@@ -2568,4 +2582,7 @@ def main():
         return fault.code
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if KNOCKS:  # without taking down each module: 5 ms less. The kernel closes what is open
+        os._exit(status or 0)
+    sys.exit(status)

@@ -964,6 +964,12 @@ def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_pat
     assert f"{path}: [{section}] " in said and words in said
     assert SECRET not in said and "1,2,3,4" not in said
 
+def test_a_section_allow_without_a_name_is_a_fault_and_allows_nobody(tmp_path):
+    text = CONFIG.replace("[allow me@laptop]", "[allow]")
+    config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
+    assert config.all_faults() == [f"{config.path}: [allow] names no client: write [allow NAME]."]
+    assert not config.clients
+
 def test_a_section_default_is_no_other_sections_default(tmp_path):
     text = CONFIG.replace("[server]", "[DEFAULT]\nopen_timeout = 1\n[server]")
     config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
@@ -2790,6 +2796,7 @@ case $(cat "{flag}") in
 {name}-lies) printf '[GNUPG:] \n[GNUPG:] VALIDSIG\n[GNUPG:] NEWSIG \377\n' >&2; exit 0;;
 {name}-slow) sleep 1.2;;
 {name}-fails) echo "{name}: a fault made by the tests" >> $words; exit 4;;
+{name}-refuses-rules) case "$*" in *" -A tariq "*) exit 4;; esac;;
 {name}-is-busy-once) case "$*" in *--datestop*) echo none > "{flag}"; exit 4;; esac;;
 esac
 XTABLES_LOCKFILE="{flag}.lock" exec {real} "$@"
@@ -3164,6 +3171,15 @@ def test_a_door_that_may_be_open_in_the_other_family_is_named_when_closing(by_na
     assert opened.returncode == closed.returncode == 0 and opened.stderr == ""
     assert closed.stdout.count("closed tcp/22") == 1
     assert closed.stderr.startswith(f"tariq: not closed for {by_name.server.ip6}: No answer from ")
+
+def test_a_relay_in_the_other_family_is_named_when_opening_too(by_name):
+    """The address that this client is to have by IPv4 is not the one that the server sees."""
+    client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
+    opened = knock(by_name, host=client, options=["--address", "203.0.113.99"])
+    assert opened.returncode == 0 and opened.stdout.count("opened tcp/22") == 1
+    assert opened.stderr.startswith(f"tariq: not opened for {by_name.server.ip}: The server sees "
+                                    f"{client.ip}, and this machine is 203.0.113.99: ")
+    assert by_name.server.rules() == [] and len(by_name.server.rules(ip6=True)) == 1
 
 @pytest.mark.parametrize("option, ip6", [("-4", False), ("-6", True)])
 def test_an_option_for_one_family_opens_that_familys_door_alone(by_name, option, ip6):
@@ -3775,6 +3791,16 @@ def test_where_ip6tables_is_of_no_use_ipv4_is_served_with_one_warning(ipv4_only)
     assert ipv4_only.tariq.stop() == 0 and ipv4_only.server.rules() == []
     said = [line for line in ipv4_only.tariq.log.splitlines() if not line.startswith("+ ")]
     assert sum("ip6tables" in line for line in said) == ipv4_only.warnings, said
+
+def test_where_ip6tables_refuses_rules_doors_of_ipv4_keep_their_end_in_the_kernel(idle):
+    fakes = Fakes(idle.lab)
+    fakes.fault("ip6tables-refuses-rules")
+    server = Server(idle.lab, idle.server, idle.conf, prefix=fakes.prefix)
+    server.wait_log("listening for")
+    assert "No doors for IPv6: ip6tables failed" in server.log and "time limit" not in server.log
+    opens(idle)
+    assert "--datestop" in idle.server.rules()[0]
+    assert server.stop() == 0
 
 def test_where_ip6tables_is_of_no_use_check_says_so_and_every_fault(ipv4_only):
     edit(ipv4_only.conf, ("may =", "nonsense = 1\nmay ="))
@@ -4848,6 +4874,13 @@ def test_hide_keeps_a_udp_port_open_where_its_argument_says_udp(bare, where):
     wait_for(lambda: udp_echoes(bare, where))
     assert is_shut(bare, where, 7000)
 
+def test_who_comes_in_by_a_rule_without_a_connections_state_keeps_it(bare):
+    bare.tariq.stop()
+    rule = "-A tariq -s {net} -p tcp --dport {dport} -j ACCEPT"
+    write(bare.conf, with_settings(bare.conf.read_text(), {"open_tcp_port": rule}))
+    started(bare)
+    assert "hidden for good" in hidden_for_good(bare) and all(jumps(bare))
+
 def test_hide_without_arguments_hides_all(bare):
     hidden_for_good(bare)
     assert config_values(bare.conf, "server")["public_ports"] == "none"
@@ -5207,9 +5240,11 @@ def kept_umask():
     yield
     os.umask(umask)
 
-def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(tmp_path,
-                                                                               kept_umask):
-    text = re.sub(r"(?m)^(?=\w+ =)", "  ", CONFIG).replace("[server]\n", "[server]\n; mine\n\n")
+@pytest.mark.parametrize("header", ["[server]", "  [server]  # this machine"])
+def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(tmp_path, kept_umask,
+                                                                               header):
+    text = re.sub(r"(?m)^(?=\w+ =)", "  ", CONFIG)
+    text = text.replace("[server]\n", f"{header}\n; mine\n\n").replace("[allow", "  [allow")
     path = write_config(tmp_path / "tariq.conf", text)
     text, before = path.read_text(), tariq.Config(path).values["server"]
     for ports in (["80/tcp"], ["443/tcp", "53/udp"], []):
