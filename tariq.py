@@ -1,6 +1,6 @@
 #!/usr/bin/python3 -IS
 """Tariq: port knocking with hidden, signed, encrypted requests. One file, both ends. Read it before
-you run it. The server's firewall drops everything, and the server listens on no port: it sniffs.
+you run it. A server's firewall drops everything (`hide`), and it listens on no port: it sniffs.
 
     client                                                    server
       request {to, k, cmd} in the low bits of a PNG,
@@ -25,9 +25,9 @@ frames until it has the result; the server acts once. Patience is how long a com
 Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and with K in the
 memory of server, listener and client; private keys in keyrings, read by gpg and gpg-agent only,
 with a passphrase where their owner set one (a server's has none); k in client, listener, and pipes
-to gpg. Nowhere else: no argument, environment or log has one (a log has 16 characters of what
-stands in the place of a config's key), no other user's process can look in (the listener is not
-dumpable), and the service leaves no core dump.
+to gpg. Nowhere else: no argument, environment or log has one (a log has what stands in the place of
+a section's name in a config, and 16 characters of what stands in that of a key), no other user's
+process can look in, and server and listener leave no core dump (they are not dumpable).
 
 The parts, in the order of the file, and who reads what before trusting it with a machine:
 
@@ -166,14 +166,22 @@ def patterns_of(text):
 
 def template_of(text):
     shlex.split(text)  # raises ValueError: a quote that is not closed
+    source, with_mask = r"\{(ip|net)\}", r"\{(ip|net)\}/"
+    if "{dport}" not in text or not re.search(source, text) or re.search(with_mask, text):
+        raise ValueError
     return text
 
 def rule_of(text):
     """A rule for one source, {ip} or {net}: it opens for nobody else."""
     words = shlex.split(text)
-    at, = (number for number, word in enumerate(words) if word in ("-s", "--source", "--src"))
+    places = [number for number, word in enumerate(words) if word in ("-s", "--source", "--src")]
+    if len(places) != 1:
+        raise ValueError
+    at = places[0]
     if words[0] != "-A" or words[at - 1] == "!" or "{dport}" not in words \
             or words[at + 1:at + 2] not in (["{ip}"], ["{net}"]):
+        raise ValueError
+    if "{seconds}" in text:  # which are fewer when the rule is to be deleted: it would not be found
         raise ValueError
     return text
 
@@ -183,10 +191,9 @@ def address_of(text):
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
 LINE = (".*", "one line", str)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
-FIELDS = r"(?!.*\{(ip|net)\}/)(?=.*\{(ip|net)\})(?=.*\{dport\}).+"
 RULE = (".+", "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is right for both "
-        "families), and {dport}", rule_of)
-COMMAND = (FIELDS, "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
+        "families), and {dport}; its end, if any, is {until}", rule_of)
+COMMAND = (".+", "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
            template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
@@ -387,6 +394,9 @@ def gpg_fault(home, said):
     return Fault(BAD_DATA, f"gpg failed with the keyring {home}: -v or the log has its words.",
                  detail)
 
+# Fields of a key listing (GnuPG doc/DETAILS, which counts from 1).
+VALIDITY, CREATED, EXPIRES, NAME, CAN = 1, 5, 6, 9, 11
+
 def list_keys(home, *arguments, data=b""):
     """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
     of `data`. A name that is not there lists none. Raises Fault."""
@@ -399,17 +409,22 @@ def list_keys(home, *arguments, data=b""):
             raise
         listing = b""  # there is no such key
     keys = []
-    for line in listing.decode(errors="replace").split("\n"):  # GnuPG doc/DETAILS
-        kind, *fields = line.split(":")
+    for line in listing.decode(errors="replace").split("\n"):
+        fields = line.split(":")
+        kind = fields[0]
         if kind in ("pub", "sec"):
-            end = time.strftime("%F", time.gmtime(int(fields[5]))) if fields[5] else "never"
-            keys.append({"kind": kind, "validity": fields[0], "created": int(fields[4]),
-                         "expires": end, "can": fields[10],  # in capitals: what it is good for now
+            end = fields[EXPIRES]
+            keys.append({"kind": kind, "validity": fields[VALIDITY],
+                         "created": int(fields[CREATED]),
+                         "expires": time.strftime("%F", time.gmtime(int(end))) if end else "never",
+                         "can": fields[CAN],  # in capitals: what it is good for now
                          "grips": []})  # of it and its subkeys: gpg-agent's names for them
         elif keys and kind == "grp":
-            keys[-1]["grips"].append(fields[8])
-        elif keys and (kind == "uid" or kind == "fpr" and re.fullmatch(KEY[0], fields[8])):
-            keys[-1].setdefault(kind, fields[8])  # the first: the primary key's, of 40 digits
+            keys[-1]["grips"].append(fields[NAME])
+        elif keys and kind == "uid":
+            keys[-1].setdefault("uid", fields[NAME])  # the first
+        elif keys and kind == "fpr" and re.fullmatch(KEY[0], fields[NAME]):
+            keys[-1].setdefault("fpr", fields[NAME])  # the first: the primary key's, of 40 digits
     return keys
 
 def trouble_with(key, use, home):
@@ -862,7 +877,9 @@ class Client:
         ways = [(exchange, transport) for transport in transports for exchange in exchanges]
         turns = itertools.cycle(ways)
         sockets = {}  # socket: the way that it is of
-        chosen = None  # the exchange that was challenged first: no other one is answered
+        # Until the first challenge: each way in turn. From then on: that exchange by that
+        # transport, with a new end; and an answer to that challenge alone.
+        chosen = first = None  # that exchange, that challenge
         trouble = ""
         exchanges[0].seal()  # before the time runs
         began, wait = monotonic(), FIRST_WAIT
@@ -889,9 +906,9 @@ class Client:
                 if challenge and not chosen:
                     self.step(f"The server has unsealed it, and sees {challenge.seen}.")
                     end = monotonic() + seconds + min(999, challenge.patience)
-                    chosen, nonce = exchange, challenge.nonce
+                    chosen, first = exchange, challenge
                     turns = itertools.repeat((exchange, transport))
-                if challenge and chosen == exchange and nonce == challenge.nonce:
+                if challenge and chosen is exchange and challenge.nonce == first.nonce:
                     exchange.answer(challenge, sock)
         if chosen:
             raise Fault(NO_ANSWER, f"{self.host} unsealed the knock, but sent no result. It may "
@@ -918,9 +935,10 @@ def payloads(sockets, end):
                     del sockets[sock]
 
 def report(client, result):
-    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" is said by who
-    knows k: the listener, for the monitor, whose firewall took the rule, and had none of the doubts
-    that would be named here. It does not say that a service answers at the port."""
+    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" means: who
+    knows k says that the server's firewall took the rule, and that the server sees no reason why
+    the door may be shut all the same (Iptables.doubts; it would be named). Whether a service
+    answers at the port, nobody looked."""
     text = result.text
     if not result.done:
         raise Fault(result.status or REFUSED,
@@ -981,8 +999,9 @@ def cmd_knock(options):
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW it is old;
-#                                                               before, it draws a challenge
+#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW (twice that
+#                                                               where its clock is ahead) it is
+#                                                               old; before, it draws a challenge
 #   the same after a restart                                  `gate`: it is from before self.began
 #   the same after a restart, of a client whose clock is      `dialogue`: who does not know k cannot
 #     ahead, in the minute after it                             answer the challenge
@@ -992,7 +1011,8 @@ def cmd_knock(options):
 #                                                               challenge
 #
 # Who sees a client's packets can spoil its knocks: by copies that come first, from another address,
-# and with the secret by fragments of his own. Who is on the way can drop them. Nobody gets in so.
+# and with the secret by fragments of his own. Who is on the way can drop them. Nobody gets in so;
+# by relaying whole knocks, behind a NAT, somebody may (Exchange).
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
@@ -1058,7 +1078,8 @@ class Listener:
         # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        old = sent <= self.began <= now  # than this server (if its clock was set back: no telling)
+        clock_went_back = now < self.began  # then nothing is known of what was before the start
+        old = sent <= self.began and not clock_went_back
         if old or abs(now - sent) > CLOCK_SKEW:
             self.complain("clock", f"{address_in(packet)} sent an authentic frame of "
                                    f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}"
@@ -1224,9 +1245,10 @@ def check_unprivileged():
         raise Fault(DIED, "The listener still has a privilege of root's: chown -R tariq: the "
                           "server_gpg_dir.")
 
-def leave_roots_memory():
-    """No other process of this user reads this one's memory, which has the secret; and what keys
-    root's session has (keyrings(7); systemd gives a service none) stay there. Raises OSError."""
+def keep_to_itself():
+    """No other process of this user reads this one's memory, which has the secret, nor does a core
+    dump (prctl(2)); and what keys root's session has (keyrings(7); systemd gives a service none)
+    stay there. Raises OSError."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     with suppress(OSError):  # the library is missing: there are no such keys either, mostly
@@ -1237,7 +1259,7 @@ def cmd_listener(descriptors):
     sock, channel = (socket.socket(fileno=int(number)) for number in descriptors)
     try:
         check_unprivileged()
-        leave_roots_memory()  # before there is a secret in it
+        keep_to_itself()  # before there is a secret in it
         listener = Listener(sock, channel, json.loads(channel.recv(MESSAGE_MAX)))
         ip_layers()  # now, so that no knock waits for it, nor for Pillow:
         import PIL.PngImagePlugin
@@ -1260,8 +1282,8 @@ def cmd_listener(descriptors):
 # (but gpg). In the service all of them are in the unit's sandbox.
 #
 #   program                              by              as               time      output
-#   iptables, ip6tables, their -restore, run, query      root             15 s      OUTPUT_ROOM
-#     -legacy -S
+#   iptables, ip6tables, their -restore, run, query,     root             15 s      OUTPUT_ROOM
+#     -legacy -S                         Iptables.open
 #   open_command, close_command          run             root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
 #   ss (hide, check), firewall-cmd       run, query      root             15 s      OUTPUT_ROOM
@@ -1272,13 +1294,13 @@ def cmd_listener(descriptors):
 #     (init, check, enroll)
 #   gpgconf (init)                       end_agent       keyring's owner  15 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
-# and around these setpriv(1), and (not around gpg and the listener) timeout(1), which reads no
-# option behind the program's name.
+# Around what is not root's, and E, there is setpriv(1); around all but gpg and the listener
+# timeout(1). Both read no option behind the program's name.
 #
 # Words of others on their command lines: ports (digits: port_of), addresses (ipaddress prints
 # them), fingerprints (40 digits), {user}: a client's name (enroll checks it), and of E what
 # `forbidden` lets through. The config's words are the admin's. No word is split or joined: {fields}
-# are filled in after the splitting.
+# are filled in after the splitting. (The lines for iptables-restore have only the admin's words.)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -1331,9 +1353,9 @@ def run(*words, accept=0, seconds=15, data=b"", shown=""):
 # `close_ended` while the server runs.
 # Two clients behind one address share its doors: the later end holds, and who has that closes it.
 # They share UNANSWERED_MAX, too. Two servers on one machine need two chains, or the second does not
-# start (take_lock), and public_ports in one of the configs at most, or one hides the other's doors;
-# then each has doors, ports and clients of its own. Elsewhere they share nothing: a request names
-# its server.
+# start (take_lock; so one of them at most has an open_command). None of them should have
+# public_ports: it would drop what the other one's doors let in. Then each has doors, ports and
+# clients of its own. Elsewhere they share nothing: a request names its server.
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1445,7 +1467,8 @@ class Iptables:
         its policy drops all, what else has to go on is added."""
         ours = self.ours(rules)
         others = [rule for rule in rules if rule.startswith("-A") and rule not in ours]
-        kept = KEPT[family] if "-P INPUT DROP" in rules and not others else [ESTABLISHED]
+        flushed_and_shut = not others and "-P INPUT DROP" in rules
+        kept = KEPT[family] if flushed_and_shut else [ESTABLISHED]
         return [f":{self.chain} - [0:0]", *(f"-A {self.chain} {rule}" for rule in kept)]
 
     def ours(self, rules):
@@ -1461,7 +1484,7 @@ class Iptables:
     def linking_lines(self, family, rules, limit=""):
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
         behind it to what drops all but the public ports, until a limit at which the kernel ends
-        that."""
+        that. (-I puts in front: the last line is the first rule.)"""
         lines = [rule.replace("-A", "-D", 1) for rule in self.ours(rules)]
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
@@ -1598,10 +1621,14 @@ class Commands:
         self.opening, self.closing = config.get("open_command"), config.get("close_command")
         if ("{net}" in self.opening) != ("{net}" in self.closing):
             raise Fault(CONFIG, "open_command and close_command need the same of {ip} and {net}.")
+        if config.get("public_ports", default=None) is not None:
+            raise Fault(CONFIG, "public_ports hides by iptables, and this config has an "
+                                "open_command: hide by its firewall, without public_ports.")
         self.templates = {"tcp": self.opening, "udp": self.opening}
+        self.firewall_ends_doors = "{until}" in self.opening or "{seconds}" in self.opening
 
     def prepare(self):
-        if "{until}" not in self.opening and "{seconds}" not in self.opening:
+        if not self.firewall_ends_doors:
             log("This server ends doors, not the firewall: kill -9 leaves them open.")
 
     def put_back(self, family):
@@ -1612,12 +1639,13 @@ class Commands:
         return ""
 
     def close(self, door):
-        # That it fails is no fault, as nft's does once the element has expired; that it does not
-        # run to its end is: 124 and above are timeout(1)'s.
-        status, output = run(*door.fill(self.closing), accept=123)
+        # Where the firewall ends doors, one may be gone, and that this fails is no fault, as nft's
+        # does then; that it does not run to its end is: 124 and above are timeout(1)'s.
+        accept = 123 if self.firewall_ends_doors else 0
+        status, output = run(*door.fill(self.closing), accept=accept)
         if status:
             log(f"close_command: {output.strip()[:300] or status}")
-        return True
+        return status == 0
 
     def stop(self, doors):
         for door in doors:
@@ -1778,7 +1806,8 @@ def take_lock(name):
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
 #                          (open_command: as it
 #                          says); without an end there,
-#                          not before the next start
+#                          not before the next start (of
+#                          open_command: not even then)
 #   the listener's death   closed: `stop`; exit 70, at   the same               stays
 #                            a start also 69 or 78
 #   a reboot               gone                          gone                   again, if it starts
@@ -1822,13 +1851,14 @@ class Monitor:
         self.firewall = firewall_of(config)
         self.ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
         self.patience = config.get("command_timeout", default=30)
-        self.settings = {  # the listener's. Like firewall and patience they last until a restart
+        self.settings = {  # the listener's: like patience and rules they last until a restart
             "ports": self.ports, "key": shared_key(config.get("secret"), self.ports).hex(),
             "home": self.home, "own_key": config.get("server_key"), "patience": self.patience}
 
     def policy(self):
-        """The config as it is now, parsed once a change of its file. One that is broken, or has a
-        fault in [server], changes nothing: the last whole one holds, and the log says so once."""
+        """The config as it is now, parsed once a change of its file. Where one is broken, or has a
+        fault in [server], the last whole one holds, and the log says so once; but nothing is put
+        back any more to hide what `hide --undo` opened, which took public_ports out."""
         stamp = None
         with suppress(OSError):
             stamp = stamp_of(os.stat(self.config.path))
@@ -1838,7 +1868,7 @@ class Monitor:
                 config = Config(self.config.path, root=True)
                 server = config.ini["server"]
                 if server and "public_ports" not in server:
-                    self.firewall.public_ports = None  # also of one with a fault: `hide --undo`
+                    self.firewall.public_ports = None
                 config.require("server")
                 self.config = config
                 self.firewall.public_ports = config.get("public_ports", default=None)
@@ -1978,6 +2008,7 @@ class Monitor:
         again), in both families, once nobody waits."""
         if select.select([self.channel], [], [], 0)[0]:
             return
+        self.policy()  # `hide --undo` may have been meanwhile
         for family in IPTABLES:
             with suppress(Exception):  # the next door says it
                 self.firewall.put_back(family)
@@ -2081,7 +2112,7 @@ SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_LOCK_FILTER = 26, 33, 44  # asm-generic/soc
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h, since Linux 4.20
 
 def packet_socket(ports):
-    """A socket that gets frames only, of all interfaces; root's filter on it is locked."""
+    """A socket that gets what may be a frame, of all interfaces; root's filter on it is locked."""
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # gets none until it is bound
     lines = filter_lines(ports)
     code = b"".join(struct.pack("HBBI", operation, holds, fails, number)
@@ -2123,6 +2154,7 @@ def cmd_server(options):
     notify_socket = os.environ.get("NOTIFY_SOCKET", "")
     need_root()
     need_capabilities()
+    keep_to_itself()
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -2148,7 +2180,7 @@ def cmd_server(options):
 #   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg in init and enroll, as tariq
 #   PROGRAM, UNIT_PATH            root's, 755, 644  init
 #   /run/tariq-CHAIN-*.lock       root's, 0600 *    server, hide, check: empty, never removed
-#   ~/.config/tariq               yours, 0600       keygen, join (* gpg, its keyring in there)
+#   what is in ~/.config/tariq    yours, 0600       keygen, join (* gpg, its keyring in there)
 # enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
 # so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
@@ -2524,10 +2556,10 @@ def parser_of(name):
     function, config = SUBCOMMANDS[name]
     parser = Parser(prog=f"tariq.py {name}", description=function.__doc__.replace("\n    ", "\n"),
                     formatter_class=help_format)
-    parser.set_defaults(verbose=False)
     add = parser.add_argument
     add("-c", "--config", default=config, type=os.path.realpath,
         help=f"use this config, not {config}")
+    add("-v", "--verbose", action="store_true", help="say more, as what gpg said")
     if name == "hide":
         add("ports", nargs="*", metavar="PORT", help="stays public: 80, 443/tcp, 53/udp")
         add("--undo", action="store_true", help="hide nothing any more")
@@ -2555,7 +2587,6 @@ def add_knock_arguments(add):
     add("--address", help="the address that the server should see (behind NAT), or any")
     add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
         help="send by this only; kernel and udp take turns otherwise")
-    add("-v", "--verbose", action="store_true", help="say each step, and what gpg said")
     add("host", help="a server of the config")
     add("action", choices=("O", "C", "E"), help="open ports, close them, or execute a command")
     add("words", nargs=argparse.REMAINDER, metavar="...",

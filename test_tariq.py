@@ -2294,6 +2294,22 @@ def test_a_close_command_that_does_not_run_to_its_end_is_no_closed_door(idle):
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(50) == 0 and server.log.count("Doors may be open") == 56
 
+def test_a_close_command_that_fails_is_no_closed_door_where_only_this_server_ends_it(idle):
+    """As a provider's that does not answer: the door is known until it is closed."""
+    closing = write(idle.lab.new("closing"), "#!/bin/sh\necho no answer; exit 1\n", mode=0o755)
+    with serving(idle, open_command="true {ip} {dport}", open_timeout=SOON,
+                 close_command=f"{closing} {{ip}} {{dport}}") as server:
+        opens(idle)
+        fails(idle, SYSTEM, f"{closing} failed: no answer", "C", "22")
+        server.wait_log(f"tcp/22 for {idle.client.ip} is not closed: ", 2)
+        write(closing, "#!/bin/sh\n", mode=0o755)
+        assert "closed tcp/22" in opens(idle, "C", "22") and server.stop() == 0
+
+def test_public_ports_with_an_open_command_is_a_fault_as_nothing_would_be_hidden(idle):
+    log = refused_start(idle, open_command="true {ip} {dport}", public_ports="none",
+                        close_command="true {ip} {dport}")
+    assert "public_ports hides by iptables" in log
+
 def test_a_client_has_a_number_of_doors_then_its_oldest_ends_and_nobody_elses(idle):
     other = second_client(idle, "thrifty", allow=("O 44",))
     with serving(idle, program=idle.lab.program("tariq.DOORS_MAX = 3")):
@@ -2351,20 +2367,34 @@ def test_the_listener_holds_no_privilege_nothing_of_roots_and_one_packet_socket(
 
 @pytest.mark.skipif(not shutil.which("keyctl"), reason="no keyutils here")
 def test_a_session_keyring_of_roots_stays_with_root(idle):
+    """Neither the listener nor what the server starts as root sees it."""
+    session = "keyctl", "session", "roots-own"
+    assert "roots-own" in idle.server.run(*session, "keyctl", "show").stdout, "the test's own test"
     fakes = Fakes(idle.lab)
-    with serving(idle, ("keyctl", "session", "roots-own", *fakes.prefix)):
-        fakes.fault("gpg-shows")  # what gpg, a child of the listener's, sees of it
-        opens(idle)
-        assert "Session Keyring" in fakes.shown.read_text() \
-            and "roots-own" not in fakes.shown.read_text()
-        fakes.fault("iptables-shows")
-        opens(idle)
-        wait_for(lambda: "roots-own" in fakes.shown.read_text(), "the test's own test")
+    with serving(idle, (*session, *fakes.prefix)):
+        for program in "gpg", "iptables":
+            fakes.shown.write_text("")
+            fakes.fault(f"{program}-shows")
+            opens(idle)
+            wait_for(lambda: "Session Keyring" in fakes.shown.read_text(), f"{program} has none")
+            assert "roots-own" not in fakes.shown.read_text(), program
     fakes.fault("gpg-session")  # root's set-up: what commands gpg has no hold on root's terminal
     idle.server.run(*fakes.prefix, idle.lab.dir / "tariq.py", "enroll", "-c", idle.conf,
                     input=gpg(idle.me.parent / "gpg", "--armor", "--export", "<me@laptop>").stdout)
     pid, session = fakes.shown.read_text().split()
     assert pid == session
+
+def test_the_server_that_has_the_secret_too_leaves_no_core_dump(idle):
+    """What its kernel says of it when it is ready (PR_GET_DUMPABLE)."""
+    change = """
+ready = tariq.Monitor.ready
+def ready_and_told(monitor):
+    ready(monitor)
+    tariq.log(f"dumpable: {tariq.ctypes.CDLL(None).prctl(3)}")
+tariq.Monitor.ready = ready_and_told
+"""
+    with serving(idle, program=idle.lab.program(change)) as server:
+        server.wait_log("dumpable: 0")
 
 def test_the_listeners_user_reaches_nothing_of_roots(live):
     opens(live)
@@ -3968,6 +3998,11 @@ def refused_start(world, **settings):
 def test_a_rule_that_would_open_more_than_it_should_is_refused_with_words(idle, source):
     log = refused_start(idle, open_tcp_port=rule_with(source))
     assert "open_tcp_port" in log and "{net}" in log
+
+def test_a_rule_with_seconds_is_refused_as_later_it_would_be_another_and_not_be_found(idle):
+    rule = "-A tariq -s {ip} -p tcp --dport {dport} -m comment --comment {seconds} -j ACCEPT"
+    log = refused_start(idle, open_tcp_port=rule)
+    assert "open_tcp_port" in log and "its end, if any, is {until}" in log
 
 def test_a_command_that_would_open_more_than_it_should_is_refused_with_words(idle):
     command = "nft add element inet tariq doors {ip}/24 {dport}"
