@@ -51,11 +51,12 @@ if KNOCKS:
 import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
 import re, select, shlex, signal, socket, struct, subprocess, threading, time, zlib
 from collections import OrderedDict, namedtuple
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 if not KNOCKS:
     import ctypes, queue
+    LIBC = ctypes.CDLL(None, use_errno=True)
 # For the same reason scapy, Pillow and `secrets` are imported where they are used.
 
 VERSION = "3.0"
@@ -92,8 +93,7 @@ class Fault(Exception):
 
 def missing(name):
     """The Fault of a program, or of a module of Python's."""
-    package = PACKAGES.get(name, name)
-    mend = "" if "/" in name else f": apt-get install {package}"
+    mend = "" if "/" in name else f": apt-get install {PACKAGES.get(name, name)}"
     return Fault(MISSING, f"{name} is missing on this machine{mend}")
 
 def find_packages():
@@ -131,11 +131,9 @@ def log(text):
 ROOT_CONFIG = "/etc/tariq/tariq.conf"
 CLIENT_CONFIG = os.path.expanduser("~/.config/tariq/tariq.conf")
 
-PORT = re.compile(r"([1-9]\d{0,4})(/tcp|/udp)?", re.ASCII)
-
 def port_of(word):
     """'22' -> '22/tcp'. Raises ValueError."""
-    port = PORT.fullmatch(word)
+    port = re.fullmatch(r"([1-9]\d{0,4})(/tcp|/udp)?", word, re.ASCII)
     if not port or int(port[1]) > 65535:
         raise ValueError(f"{word[:20]} is no port: write 22, 22/tcp or 53/udp, from 1 to 65535.")
     return port[1] + (port[2] or "/tcp")
@@ -185,11 +183,15 @@ def rule_of(text):
         raise ValueError
     return text
 
+def ip_text(address):
+    """An IP address, as text or bytes -> its usual text. Raises ValueError."""
+    return str(ipaddress.ip_address(address))
+
 def address_of(text):
-    return text if text == "any" else str(ipaddress.ip_address(text))
+    return text if text == "any" else ip_text(text)
 
 # What a value has to be: a pattern that it matches whole, words for the error, what converts it.
-LINE = (".*", "one line", str)
+FOLDER = (".*", "one line", os.path.expanduser)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
 RULE = (".+", "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is right for both "
         "families), and {dport}; its end, if any, is {until}", rule_of)
@@ -200,8 +202,8 @@ SYNTAX = {
                      "5 to 32 different ports with commas between them", secret_ports_of),
     "secret": ("[A-Za-z0-9+/]{43}=", "32 random bytes in base64, which this prints: "
                "head -c 32 /dev/urandom | base64", binascii.a2b_base64),
-    "key": KEY, "server_key": KEY, "user": (r"[^#\n]+", "one line without #", str), "img_dir": LINE,
-    "client_gpg_dir": LINE, "server_gpg_dir": LINE,
+    "key": KEY, "server_key": KEY, "user": (r"[^#\n]+", "one line without #", str),
+    "img_dir": FOLDER, "client_gpg_dir": FOLDER, "server_gpg_dir": FOLDER,
     "open_tcp_port": RULE, "open_udp_port": RULE,
     "open_command": COMMAND, "close_command": COMMAND,
     "open_timeout": (r"\d{1,8}", "a whole number of seconds (0: no end)", int),
@@ -361,7 +363,6 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
     """Run gpg once -> (output, status lines, its words). The words may quote what others sent:
     status lines are never among them. What lies in a keyring's directory may command gpg-agent, so
     root runs gpg as the directory's owner. Raises Fault."""
-    home = os.path.expanduser(home)
     change = as_owner(home) if owner_of(home)[0] and not os.geteuid() else []
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}  # so that GPG_FAULTS fits its words
     with suppress(OSError):
@@ -376,8 +377,8 @@ def gpg(home, *arguments, data=b"", seconds=60, any_status=False):
             raise Fault(SYSTEM, f"gpg was not done in {seconds} s with the keyring {home}.")
         memory.seek(0)
         said = memory.read(WORDS_MAX).decode(errors="replace")
-    if change and done.returncode in (126, NOT_FOUND):
-        raise missing("gpg")  # says setpriv
+    if done.returncode in (126, NOT_FOUND):  # setpriv's; gpg's own are 0 to 2
+        raise missing("gpg")
     if done.returncode and not any_status:
         raise gpg_fault(home, said)
     # Only ASCII: gpg escapes what would end a line or word in that, but not U+2028 and its like.
@@ -414,17 +415,17 @@ def list_keys(home, *arguments, data=b""):
         kind = fields[0]
         if kind in ("pub", "sec"):
             end = fields[EXPIRES]
-            keys.append({"kind": kind, "validity": fields[VALIDITY],
-                         "created": int(fields[CREATED]),
-                         "expires": time.strftime("%F", time.gmtime(int(end))) if end else "never",
-                         "can": fields[CAN],  # in capitals: what it is good for now
-                         "grips": []})  # of it and its subkeys: gpg-agent's names for them
+            key = {"kind": kind, "validity": fields[VALIDITY], "created": int(fields[CREATED]),
+                   "expires": time.strftime("%F", time.gmtime(int(end))) if end else "never",
+                   "can": fields[CAN],  # in capitals: what it is good for now
+                   "grips": []}  # of it and its subkeys: gpg-agent's names for them
+            keys.append(key)
         elif keys and kind == "grp":
-            keys[-1]["grips"].append(fields[NAME])
+            key["grips"].append(fields[NAME])
         elif keys and kind == "uid":
-            keys[-1].setdefault("uid", fields[NAME])  # the first
+            key.setdefault("uid", fields[NAME])  # the first
         elif keys and kind == "fpr" and re.fullmatch(KEY[0], fields[NAME]):
-            keys[-1].setdefault("fpr", fields[NAME])  # the first: the primary key's, of 40 digits
+            key.setdefault("fpr", fields[NAME])  # the first: the primary key's, of 40 digits
     return keys
 
 def trouble_with(key, use, home):
@@ -499,25 +500,22 @@ SIDE = 36  # pixels: their low bits carry 486 bytes; the PNG, sealed with RSA-40
 ROW = 3 * SIDE  # bytes: one a sample; red, green and blue a pixel
 CAPACITY = SIDE * ROW // 8  # bytes: a bit a sample
 
-def cover_image(directory):
-    """SIDE x SIDE RGB samples: a random PNG of the directory; without one, random. Raises Fault."""
-    if not directory:
+def cover_image(path):
+    """SIDE x SIDE RGB samples: a random PNG of the folder; without one, random. Raises Fault."""
+    if not path:
         return os.urandom(SIDE * ROW)
     find_packages()
     import secrets
     from PIL import Image
-    path = os.path.expanduser(directory)
     try:
         names = [name for name in os.listdir(path) if name.lower().endswith(".png")]
-        if not names:
-            raise Fault(BAD_DATA, f"There is no PNG image (.png) in the folder {path}.")
-        path += "/" + secrets.choice(names)
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.convert("RGB").resize((SIDE, SIDE)).tobytes()
-    except Fault:
-        raise
+        if names:
+            path += "/" + secrets.choice(names)
+            with Image.open(path, formats=["PNG"]) as image:
+                return image.convert("RGB").resize((SIDE, SIDE)).tobytes()
     except Exception:  # Pillow has many for a bad image
         raise Fault(BAD_DATA, f"{path} cannot be read as a PNG image: choose another img_dir.")
+    raise Fault(BAD_DATA, f"There is no PNG image (.png) in the folder {path}.")
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -608,7 +606,10 @@ def answer_of(shared, knock_id, proof, count):
 def read_knock(shared, payload):
     """A fragment or an answer -> (stamp, position, knock id, piece or proof), or None."""
     opened = unframe(shared, b"knock", payload, 1 + ID)
-    return opened and (opened[0], opened[1][0], opened[1][1:1 + ID], opened[1][1 + ID:])
+    if not opened:
+        return None
+    stamp, data = opened
+    return stamp, data[0], data[1:1 + ID], data[1 + ID:]
 
 def challenge_of(reply_key, nonce, patience, seen):
     return frame(reply_key, b"challenge", nonce + patience.to_bytes(2, "big") + seen.encode())
@@ -617,10 +618,10 @@ def read_challenge(reply_key, payload):
     opened = unframe(reply_key, b"challenge", payload, 32 + 2)
     if not opened:
         return None
-    nonce, patience, seen = opened[1][:32], opened[1][32:34], opened[1][34:]
+    _, data = opened
     with suppress(ValueError):  # no address: not one of Tariq's
-        seen = str(ipaddress.ip_address(seen.decode("ascii", "replace")))
-        return Challenge(nonce, int.from_bytes(patience, "big"), seen)
+        seen = ip_text(data[34:].decode("ascii"))
+        return Challenge(data[:32], int.from_bytes(data[32:34], "big"), seen)
 
 def result_of(done, status, text):
     return bytes([done, status]) + text[:TEXT_MAX]
@@ -643,9 +644,10 @@ def split(packet, link):
         at, protocol, sender, own = 40, packet[6], packet[8:24], packet[24:40]
     port, own_port = struct.unpack_from(">HH", packet, at)
     if protocol == socket.IPPROTO_UDP:
-        return Packet(sender, own, port, own_port, b"", packet[at + 8:], link)
-    start = at + (packet[at + 12] >> 4) * 4
-    return Packet(sender, own, port, own_port, packet[at:at + 20], packet[start:], link)
+        tcp, start = b"", at + 8
+    else:
+        tcp, start = packet[at:at + 20], at + (packet[at + 12] >> 4) * 4
+    return Packet(sender, own, port, own_port, tcp, packet[start:], link)
 
 def ip_layers():
     """scapy's modules for IPv4 and IPv6; never scapy.all. It would load the package cryptography,
@@ -669,13 +671,15 @@ def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
         upper.options += [("TFO", (secrets.randbits(32), secrets.randbits(32))), nop, nop]
     upper.sport, upper.dport = own_port, port
     if six:
-        return bytes(inet6.IPv6(src=own, dst=to, fl=secrets.randbits(20)) / upper / payload)
-    ip_id = 0 if flags in ("", "SA") else secrets.randbits(16)  # 0: of no connected socket
-    return bytes(inet.IP(src=own, dst=to, flags="DF", id=ip_id) / upper / payload)
+        ip = inet6.IPv6(fl=secrets.randbits(20))
+    else:  # id 0: of no connected socket
+        ip = inet.IP(flags="DF", id=0 if flags in ("", "SA") else secrets.randbits(16))
+    ip.src, ip.dst = own, to
+    return bytes(ip / upper / payload)
 
 def respond(packet, payload):
     """The bytes that answer a Packet: a datagram to a datagram, a SYN-ACK to a SYN, else an ACK."""
-    own, to = (str(ipaddress.ip_address(address)) for address in (packet.own, packet.sender))
+    own, to = ip_text(packet.own), ip_text(packet.sender)
     where = own, to, packet.own_port, packet.port, payload
     if not packet.tcp:
         return craft(*where)
@@ -747,19 +751,21 @@ def find_routes(host, family, ports):
         raise Fault(NO_ANSWER, f"{host} has no address that can be found here: is it written "
                                f"right? ({error.strerror})")
     routes = []
-    for family, _, _, _, where in found:
-        targets = [(where[0], port, *where[2:]) for port in ports]
+    for family, _, _, _, (address, _, *scope) in found:
+        targets = [(address, port, *scope) for port in ports]
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(targets[0])  # sends nothing: it looks up the route
             own = probe.getsockname()[0].partition("%")[0]
-            routes.append(Route(where[0], own, family, targets))
+            routes.append(Route(address, own, family, targets))
     if not routes:
         raise Fault(NO_ANSWER, f"There is no route to {host} ({found[0][4][0]}): is the network "
                                "up here?")
-    # Both families soon: the first address, the first of the other family, then the rest.
-    other = [route for route in routes if route.family != routes[0].family][:1]
-    rest = [route for route in routes[1:] if route not in other]
-    return [routes[0], *other, *rest][:ADDRESSES_MAX]
+    for route in routes:  # both families soon: the first of the other one becomes the second
+        if route.family != routes[0].family:
+            routes.remove(route)
+            routes.insert(1, route)
+            break
+    return routes[:ADDRESSES_MAX]
 
 # Not private by name, but no address either that a server would see (RFC 6890, 7335, 3056, 3879):
 # what `ipaddress` says of these depends on its version.
@@ -784,16 +790,13 @@ class Exchange:
         self.client, self.route = client, route
         self.sealed = None  # until it is needed
 
-    def seal(self):
-        """Make the request, with a new k. It may ask for a passphrase. Raises Fault."""
-        k = os.urandom(32)
-        self.sealed = self.client.seal_request(k)
-        self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
-
     def frames(self):
-        """All fragments, in new frames. Raises Fault."""
+        """All fragments, in new frames. At first it makes the request, with a new k, for which gpg
+        may ask for a passphrase. Raises Fault."""
         if not self.sealed:
-            self.seal()
+            k = os.urandom(32)
+            self.sealed = self.client.seal_request(k)
+            self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
         return fragments_of(self.client.shared, self.knock_id, self.sealed,
                             len(self.route.targets))
 
@@ -818,7 +821,8 @@ class Exchange:
 class Client:
     """Who knocks, with which key, at which server."""
 
-    def __init__(self, options, command):
+    def __init__(self, options):
+        self.command = command_of([options.action, *options.words])
         config = Config(options.config)
         if options.host not in config.values:
             known = [name for name in config.values if name != "client"]
@@ -829,10 +833,10 @@ class Client:
         config.require(*sections)
         def setting(key, option="", default=REQUIRED):  # an option goes before the config
             return parse(key, option) if option else config.get(key, sections, default)
-        self.host, self.command, self.verbose = options.host, command, options.verbose
+        self.host, self.verbose = options.host, options.verbose
         self.user = setting("user", options.user)
         self.server_key = setting("server_key")
-        self.home = os.path.expanduser(setting("client_gpg_dir", options.gpg_dir))
+        self.home = setting("client_gpg_dir", options.gpg_dir)
         self.images = setting("img_dir", options.img_dir, default="")
         self.address = setting("address", options.address, default="")
         self.ports = setting("secret_ports", options.ports)
@@ -881,7 +885,7 @@ class Client:
         # transport, with a new end; and an answer to that challenge alone.
         chosen = first = None  # that exchange, that challenge
         trouble = ""
-        exchanges[0].seal()  # before the time runs
+        exchanges[0].frames()  # to seal it before the time runs
         began, wait = monotonic(), FIRST_WAIT
         end = began + seconds
         while monotonic() < end:
@@ -955,7 +959,7 @@ def cmd_knock(options):
 
         tariq.py knock box.example.com O 22
         tariq.py knock box.example.com E service httpd restart"""
-    client = Client(options, command_of([options.action, *options.words]))
+    client = Client(options)
     routes = find_routes(client.target, options.family, client.ports)
     exchange, transport, result = client.knock(routes, options.transport, options.timeout)
     fault = None
@@ -967,13 +971,13 @@ def cmd_knock(options):
         fault = error  # the server's ip6tables, say: perhaps the other family's works
     # ssh may take either family: open the other one's door, too. Never run a command twice.
     others = [route for route in routes if route.family != exchange.route.family]
-    if others and client.command[0] != "E":
+    if others and options.action != "E":
         try:
             _, _, result = client.knock(others, [transport], 3 * client.took)
             status, fault = report(client, result), None
         except Fault as error:  # an extra; but what may be open is said to be
-            if client.command[0] == "C" or error.code == RELAYED:
-                done = "closed" if client.command[0] == "C" else "opened"
+            if options.action == "C" or error.code == RELAYED:
+                done = "closed" if options.action == "C" else "opened"
                 log(f"tariq: not {done} for {others[0].address}: {error}")
     if fault:
         raise fault
@@ -1031,6 +1035,10 @@ RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: w
 ENDED = b"ended "  # what tells an ended knock's id from a nonce in `seen`
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 
+def in_thread(function, *arguments):
+    """Start it in a thread, which ends with this process."""
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
 class Knock:
     """From its first fragment to the last repeat of its result."""
 
@@ -1052,7 +1060,6 @@ class Listener:
         self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
-        self.libc = ctypes.CDLL(None, use_errno=True)
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
         self.lock = threading.Lock()  # of these two, which threads share
         self.seen = OrderedDict()  # nonces of frames and ids of ended knocks, the oldest first
@@ -1081,7 +1088,7 @@ class Listener:
         clock_went_back = now < self.began  # then nothing is known of what was before the start
         old = sent <= self.began and not clock_went_back
         if old or abs(now - sent) > CLOCK_SKEW:
-            self.complain("clock", f"{address_in(packet)} sent an authentic frame of "
+            self.complain("clock", f"{ip_text(packet.sender)} sent an authentic frame of "
                                    f"{abs(now - sent):.0f} s {'ago' if sent < now else 'from now'}"
                                    f"{', before this start' if old else ''}: its clock or this one "
                                    "is wrong, or it is a recording.")
@@ -1126,15 +1133,12 @@ class Listener:
         with self.lock:
             sources = [other.source for other in self.knocks.values()]
             if len(sources) < KNOCKS_MAX and sources.count(knock.source) < UNANSWERED_MAX:
-                thread = threading.Thread(target=self.serve, args=(knock_id, knock), daemon=True)
-                self.knocks[knock_id] = knock
-                try:
-                    thread.start()
-                except RuntimeError:  # the system has no more
-                    del self.knocks[knock_id]
+                with suppress(RuntimeError):  # the system has no more
+                    in_thread(self.serve, knock_id, knock)
+                    self.knocks[knock_id] = knock  # who looks for it waits for the lock
 
     def serve(self, knock_id, knock):
-        address, refusal = address_in(knock.packet), None
+        address, refusal = ip_text(knock.packet.sender), None
         try:
             self.dialogue(knock_id, knock, address)
         except Exception as error:  # whatever becomes of one knock, the next is served
@@ -1181,9 +1185,9 @@ class Listener:
         with suppress(queue.Empty):  # its time is over
             result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
             end = monotonic() + REPEAT_TIME
-            self.reply(knock, frame(reply_key, b"result", result))
-            while self.next_frame(knock, end) is not None:
+            while piece is not None:  # the answer; then each repeat
                 self.reply(knock, frame(reply_key, b"result", result))
+                piece = self.next_frame(knock, end)
 
     def next_frame(self, knock, end):
         """What the client sends again, or its answer; None when the time is over."""
@@ -1203,11 +1207,11 @@ class Listener:
             # it, and Python gives 20.
             where = struct.pack("HHiHBB32s", socket.AF_PACKET, socket.htons(protocol),
                                 socket.if_nametoindex(name), hardware, kind, len(address), address)
-            if self.libc.sendto(self.sock.fileno(), data, len(data), 0, where, len(where)) < 0:
+            if LIBC.sendto(self.sock.fileno(), data, len(data), 0, where, len(where)) < 0:
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))
         except OSError as error:  # the client repeats itself
-            self.complain("reply", f"{address_in(packet)}: a reply cannot be sent by {name}: "
+            self.complain("reply", f"{ip_text(packet.sender)}: a reply cannot be sent by {name}: "
                                    f"{error.strerror}.")
 
     def complain(self, kind, text):
@@ -1232,13 +1236,14 @@ class Listener:
             if knock:
                 knock.result.put(message[ID:])
 
-def address_in(packet):
-    return str(ipaddress.ip_address(packet.sender))
+def process_status():
+    """{name: value} of this process (proc(5), /proc/pid/status)."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return dict(line.split(":", 1) for line in file)
 
 def check_unprivileged():
-    """Raises Fault where any id, group or capability of root's is left (proc(5))."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        status = dict(line.split(":", 1) for line in file)
+    """Raises Fault where any id, group or capability of root's is left."""
+    status = process_status()
     root = "0" in status["Uid"].split() + status["Gid"].split()
     capable = any(int(status[name], 16) for name in status if name.startswith("Cap"))
     if root or capable or status["Groups"].split() or status["NoNewPrivs"].strip() != "1":
@@ -1249,7 +1254,7 @@ def keep_to_itself():
     """No other process of this user reads this one's memory, which has the secret, nor does a core
     dump (prctl(2)); and what keys root's session has (keyrings(7); systemd gives a service none)
     stay there. Raises OSError."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0):
+    if LIBC.prctl(PR_SET_DUMPABLE, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     with suppress(OSError):  # the library is missing: there are no such keys either, mostly
         ctypes.CDLL("libkeyutils.so.1").keyctl_join_session_keyring(None)
@@ -1266,7 +1271,7 @@ def cmd_listener(descriptors):
         key = find_key(listener.home, "--list-secret-keys", listener.own_key)  # starts gpg-agent
         if trouble := trouble_with(key, "E", listener.home):
             raise Fault(CONFIG, f"The server's key {trouble}: tariq.py check")
-        threading.Thread(target=listener.take_results, daemon=True).start()
+        in_thread(listener.take_results)
         listener.tell(ready=True)
         listener.receive()
     except Exception as error:  # its stderr is /dev/null: the monitor says it
@@ -1292,7 +1297,7 @@ def cmd_listener(descriptors):
 #   systemctl (init)                     run             root             60, 120 s OUTPUT_ROOM
 #   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
 #     (init, check, enroll)
-#   gpgconf (init)                       end_agent       keyring's owner  15 s      OUTPUT_ROOM
+#   gpgconf (init)                       make_server     keyring's owner  15 s      OUTPUT_ROOM
 #   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
 # Around what is not root's, and E, there is setpriv(1); around all but gpg and the listener
 # timeout(1). Both read no option behind the program's name.
@@ -1384,15 +1389,13 @@ class Door:
             return "closed"
         return time.strftime("%F %TZ" if self.seconds >= 86400 else "%TZ", time.gmtime(self.until))
 
-    def seconds_left(self):
-        return max(1, round(self.deadline - monotonic())) if self.deadline else NFT_SECONDS_MAX
-
     def fill(self, template):
         """The words of a template, with its {fields}. Other braces stay as they are."""
+        left = max(1, round(self.deadline - monotonic())) if self.deadline else NFT_SECONDS_MAX
         fields = {
             "ip": self.ip, "net": self.net, "version": str(self.family), "user": self.user,
             "dport": self.number, "protocol": self.protocol,
-            "seconds": str(self.seconds_left()),
+            "seconds": str(left),
             "until": time.strftime("%FT%T", time.gmtime(min(self.until, LAST_SECOND))),
         }
         def value(match):
@@ -1433,7 +1436,7 @@ class Iptables:
         self.last_port = config.get("secret_ports", default=[0])[-1]
         self.families = set(IPTABLES)  # in which there may be doors, of an earlier server, too
 
-    def rules(self, family, chain, *options):
+    def rules(self, family, chain="INPUT", *options):
         """The lines of a chain, as -S prints them. Raises Fault."""
         status, output = query(IPTABLES[family], *WAIT, *options, "-S", chain)
         if status:
@@ -1444,22 +1447,22 @@ class Iptables:
         """Change the filter table in one step or not at all (iptables-restore(8)). Raises Fault."""
         shown = [line for line in lines if not line.startswith(f"-A {self.hiding_chain}")]
         hiding = f"; and {self.hiding_chain}'s rules" if len(shown) < len(lines) else ""
+        text = "\n".join(lines)
         run(f"{IPTABLES[family]}-restore", *WAIT, "--noflush",
-            data="\n".join(["*filter", *lines, "COMMIT", ""]).encode(),
-            shown=f": {'; '.join(shown)}{hiding}")
+            data=f"*filter\n{text}\nCOMMIT\n".encode(), shown=f": {'; '.join(shown)}{hiding}")
 
     def put_back(self, family, anew=False):
         """Make our chains, without a door, and link them to INPUT: where INPUT lacks one of ours,
         or anew, as at the start -> INPUT's rules then. Raises Fault."""
-        rules = self.rules(family, "INPUT")
-        if self.jumps() <= set(rules) and not anew:
-            return rules
+        rules = self.rules(family)
         if not anew:
+            if self.jumps() <= set(rules):
+                return rules
             log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload of "
                 "the firewall?): it is put back, without doors.")
         self.transact(family, [*self.empty_chain(family, rules),
                                *self.linking_lines(family, rules)])
-        return self.rules(family, "INPUT")
+        return self.rules(family)
 
     def empty_chain(self, family, rules):
         """The lines that make our chain, or empty it. What is established stays so, also when INPUT
@@ -1478,8 +1481,10 @@ class Iptables:
 
     def jumps(self):
         """The rules of INPUT that are ours."""
-        chains = [self.chain] if self.public_ports is None else [self.chain, self.hiding_chain]
-        return {f"-A INPUT -j {chain}" for chain in chains}
+        jumps = {f"-A INPUT -j {self.chain}"}
+        if self.public_ports is not None:
+            jumps.add(f"-A INPUT -j {self.hiding_chain}")
+        return jumps
 
     def linking_lines(self, family, rules, limit=""):
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
@@ -1576,22 +1581,20 @@ class Iptables:
         add = self.words("-A", door)
         log(f"+ {shlex.join(add)}")
         adding = launch(add, 15)
-        rules = self.rules(door.family, "INPUT")  # beside it, as a client waits for both
+        rules = self.rules(door.family)  # beside it, as a client waits for both
         status, _ = finished(adding)
-        gone = not self.jumps() <= set(rules)
-        if gone:
+        if status or not self.jumps() <= set(rules):
             rules = self.put_back(door.family)
-        if gone or status:  # once more: the chain is there now, and no lock in the way
-            run(*add)
+            run(*add)  # once more: the chain is there now, and no lock in the way
         return self.doubts(door.family, rules)
 
     def doubts(self, family, rules):
         """What rules of INPUT are not as doors need them, in words, or ''."""
         found, doors = [], f"-A INPUT -j {self.chain}"
-        before = itertools.takewhile(lambda rule: rule != doors, rules)
         if doors not in rules:
             found.append("INPUT does not lead to the doors (does the server run?)")
-        elif not all(rule.endswith("-j ACCEPT") for rule in before if rule.startswith("-A")):
+        elif not all(rule.endswith("-j ACCEPT") for rule in rules[:rules.index(doors)]
+                     if rule.startswith("-A")):
             found.append("another rule stands before Tariq's in INPUT, and may refuse you")
         if rules[0].startswith("#"):  # a warning: the older kind of iptables has rules, too
             older = f"{IPTABLES[family]}-legacy"
@@ -1608,10 +1611,12 @@ class Iptables:
 
     def stop(self, _doors):
         for family in self.families:
-            with closing_on():
-                rules = self.rules(family, "INPUT")
+            try:
+                rules = self.rules(family)
                 if self.ours(rules):
                     self.transact(family, self.empty_chain(family, rules))
+            except Exception as error:  # whatever becomes of one family, the other is emptied
+                log(f"{as_fault(error)} Doors may be open.")
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1649,21 +1654,16 @@ class Commands:
 
     def stop(self, doors):
         for door in doors:
-            with closing_on():
+            try:
                 self.close(door)
+            except Exception as error:  # whatever becomes of one door, the others are closed
+                log(f"{as_fault(error)} Doors may be open.")
 
 def firewall_of(config):
     """What makes the doors of a config. Raises Fault."""
     return Commands(config) if "open_command" in config.values["server"] else Iptables(config)
 
-@contextmanager
-def closing_on():
-    """At the end: whatever becomes of one door, the others are closed."""
-    try:
-        yield
-    except Exception as error:
-        log(f"{as_fault(error)} Doors may be open.")
-
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends `hide` and `server`
 TRIAL = 120  # seconds for which `hide` hides, unless a connection comes in through a door
 
 def cmd_hide(options):
@@ -1711,10 +1711,9 @@ def try_hiding(config, firewall, ports):
         with suppress(Fault):  # `hide` says it
             firewall.put_back(family)
     firewall.public_ports = ports
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they undo it, also where a
-        # background job's shell has set SIGINT to be ignored
+    for number in ENDING:  # they undo it, also where a background job's shell has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    came_in = kept = False
+    kept = False
     before = packets_in(firewall)
     try:
         hide(firewall, time.strftime("-m time --datestop %FT%T ", time.gmtime(time.time() + TRIAL)))
@@ -1723,15 +1722,14 @@ def try_hiding(config, firewall, ports):
             f". Public as before: {' '.join(ports) or 'none'}. All else is dropped.")
         log("Now, in another terminal, on a client: knock (O 22), then connect (ssh).")
         end = monotonic() + TRIAL
-        while monotonic() < end and not came_in:
+        while monotonic() < end and not kept:
             time.sleep(1)
             now = packets_in(firewall)
-            came_in = any(count > before.get(rule, 0) for rule, count in now.items())
+            if any(count > before.get(rule, 0) for rule, count in now.items()):  # one came in
+                set_public_ports(config.path, ports)
+                hide(firewall)
+                kept = True
             before = now
-        if came_in:
-            set_public_ports(config.path, ports)
-            hide(firewall)
-            kept = True
     finally:
         if not kept:
             unhide(config, firewall)
@@ -1740,7 +1738,7 @@ def try_hiding(config, firewall, ports):
 def hide(firewall, limit=""):
     for family, program in IPTABLES.items():
         try:
-            rules = firewall.rules(family, "INPUT")
+            rules = firewall.rules(family)
             firewall.transact(family, firewall.linking_lines(family, rules, limit))
         except Fault as fault:
             if family == 4 or os.path.exists("/proc/net/if_inet6"):
@@ -1756,7 +1754,7 @@ def unhide(config, firewall):
     finally:
         for family in IPTABLES:
             try:
-                rules = firewall.rules(family, "INPUT")
+                rules = firewall.rules(family)
             except Fault:
                 if family == 4:
                     raise
@@ -1769,13 +1767,10 @@ def unhide(config, firewall):
 
 def listening_ports():
     """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
-    ports = {}
-    for line in query("ss", "-Hlntu")[1].splitlines():
-        with suppress(ValueError):  # a line that was cut
-            protocol, _, _, _, local, *_ = line.split()
-            address, _, port = local.rpartition(":")
-            if not address.startswith(("127.", "[::1]")):
-                ports[f"{port}/{protocol}"] = int(port)
+    _, output = query("ss", "-Hlntu")  # protocol, state, two queues, ADDRESS:PORT, the peer's
+    found = re.findall(r"(?m)^(\w+) +\w+ +\d+ +\d+ +(\S+):(\d+) ", output)
+    ports = {f"{port}/{protocol}": int(port) for protocol, address, port in found
+             if not address.startswith(("127.", "[::1]"))}
     return sorted(ports, key=ports.get)
 
 def packets_in(firewall):
@@ -1849,11 +1844,11 @@ class Monitor:
         self.doors = {}  # Door.key: Door
         self.command_slots = threading.Semaphore(COMMANDS_MAX)
         self.firewall = firewall_of(config)
-        self.ports, self.home = config.get("secret_ports"), config.get("server_gpg_dir")
-        self.patience = config.get("command_timeout", default=30)
-        self.settings = {  # the listener's: like patience and rules they last until a restart
-            "ports": self.ports, "key": shared_key(config.get("secret"), self.ports).hex(),
-            "home": self.home, "own_key": config.get("server_key"), "patience": self.patience}
+        ports = config.get("secret_ports")
+        self.settings = {  # the listener's, too; like the doors' rules they last until a restart
+            "ports": ports, "key": shared_key(config.get("secret"), ports).hex(),
+            "home": config.get("server_gpg_dir"), "own_key": config.get("server_key"),
+            "patience": config.get("command_timeout", default=30)}
 
     def policy(self):
         """The config as it is now, parsed once a change of its file. Where one is broken, or has a
@@ -1890,7 +1885,7 @@ class Monitor:
             if kind == "request" and self.is_ready:
                 knock_id, signer, command, sender = content
                 knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
-                ip, command = str(ipaddress.ip_address(bytes.fromhex(sender))), command_of(command)
+                ip, command = ip_text(bytes.fromhex(sender)), command_of(command)
             elif kind == "log":
                 words = self.named(content[:1000])
             elif kind == "fault":
@@ -1946,7 +1941,7 @@ class Monitor:
         self.is_ready = True
         self.policy()  # `hide --undo` may have been meanwhile
         self.firewall.prepare()
-        log(f"listening for knocks on {len(self.ports)} ports")
+        log(f"listening for knocks on {len(self.settings['ports'])} ports")
         if self.notify_socket:  # sd_notify(3); @: an abstract address
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
                 sock.sendto(b"READY=1", re.sub("^@", "\0", self.notify_socket))
@@ -1957,10 +1952,12 @@ class Monitor:
         doors = [Door(ip, port, user, seconds, self.firewall.templates) for port in ports]
         if action == "C":
             return "; ".join(self.close_for(door) for door in doors)
-        doubts = [self.open(door) for door in doors]
-        names, last = ", ".join(map(str, doors)), self.doors[doors[-1].key]
-        doubt = f", but {doubts[-1]}" if doubts[-1] else ""
-        return f"opened {names} for {last.source} until {last.end()}{doubt}"
+        for door in doors:
+            doubt = self.open(door)
+        names = ", ".join(map(str, doors))
+        last = self.doors[door.key]
+        but = f", but {doubt}" if doubt else ""
+        return f"opened {names} for {last.source} until {last.end()}{but}"
 
     def open(self, door):
         """O, for one port -> why it may be shut all the same, in words, or ''. Raises Fault."""
@@ -2013,10 +2010,6 @@ class Monitor:
             with suppress(Exception):  # the next door says it
                 self.firewall.put_back(family)
 
-    def stop(self):
-        """At the end, whatever it is: no door. By pdeathsig, listener and commands end, too."""
-        self.firewall.stop(list(self.doors.values()))
-
     def execute(self, knock_id, event, words):
         """Start a permitted command. It ends with this server; what it starts in a session of its
         own goes on."""
@@ -2024,9 +2017,8 @@ class Monitor:
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run now: knock again.")
         log(f"+ {shlex.join(words)}")
         try:
-            process = launch(words, self.patience, ["setpriv", "--pdeathsig", "TERM"])
-            threading.Thread(target=self.await_command, args=(process, knock_id, event),
-                             daemon=True).start()
+            process = launch(words, self.settings["patience"], ["setpriv", "--pdeathsig", "TERM"])
+            in_thread(self.await_command, process, knock_id, event)
         except Exception:
             self.command_slots.release()
             raise
@@ -2049,12 +2041,12 @@ class Monitor:
         no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
         root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
         closes them). check_unprivileged ends it where a privilege is left."""
-        packets = packet_socket(self.ports)
+        packets = packet_socket(self.settings["ports"])
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
         descriptors = packets.fileno(), theirs.fileno()
         with packets, theirs, open(__file__, "rb") as source:
-            Popen([*as_owner(self.home), sys.executable, "-I", "-", "listener",
+            Popen([*as_owner(self.settings["home"]), sys.executable, "-I", "-", "listener",
                    *map(str, descriptors)], stdin=source, stdout=DEVNULL, stderr=DEVNULL, cwd="/",
                   env={"HOME": "/"}, pass_fds=descriptors, start_new_session=True)
 
@@ -2130,8 +2122,7 @@ def packet_socket(ports):
         log("The receive buffer is as small as this container has it: a flood may drown knocks.")
     # socket.bind cannot: it wants an interface, and 0 is all of them. struct sockaddr_ll(packet(7))
     address = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(ETH_P_ALL), 0)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.bind(packets.fileno(), address, len(address)):
+    if LIBC.bind(packets.fileno(), address, len(address)):
         raise OSError(ctypes.get_errno(), "the packet socket cannot be bound")
     return packets
 
@@ -2140,8 +2131,7 @@ CAPABILITIES = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_NET_ADM
                 "CAP_NET_RAW": 13}
 
 def need_capabilities():
-    with open("/proc/self/status", encoding="ascii") as file:
-        effective = int(re.search(r"(?m)^CapEff:\s*(\w+)", file.read())[1], 16)
+    effective = int(process_status()["CapEff"], 16)
     if lacking := [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]:
         raise Fault(SYSTEM, f"This container or service lacks {', '.join(lacking)}, which a server "
                             "needs.")
@@ -2158,7 +2148,7 @@ def cmd_server(options):
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, lambda *_: None)  # its number goes to the pipe that `serve` reads
     config = Config(options.config, root=True)
     for line in config.all_faults():
@@ -2171,8 +2161,8 @@ def cmd_server(options):
     try:
         monitor.start_listener()
         monitor.serve(signals)
-    finally:
-        monitor.stop()
+    finally:  # whatever ended it: no door. By pdeathsig, listener and commands end, too
+        monitor.firewall.stop(monitor.doors.values())
 
 # ---- set-up: once, by hand; init, check, enroll as root, keygen, join as the user ----------------
 # Files, all written by write_file, whole or not at all, but those marked *:
@@ -2267,19 +2257,19 @@ def write_file(path, text, mode=0o600):
 def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
     _, lock = locked_directory(path)
-    text = Config(path, root=True).text.rstrip() + "\n"
-    server = re.search(r"(?ms)^[ \t]*\[server\].*?(?=^[ \t]*\[|\Z)", text)[0]
-    # With its continuation lines, which are indented more; the other keys may be indented, too.
-    without = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "", server)
-    header, rest = without.split("\n", 1)
-    if ports is not None:
-        indent = re.search(r"(?m)^([ \t]*)[^\s#;]|\Z", rest)[1] or ""
-        header += f"\n{indent}public_ports = {', '.join(ports) or 'none'}"
     try:
+        text = Config(path, root=True).text.rstrip() + "\n"
+        server = re.search(r"(?ms)^[ \t]*\[server\].*?(?=^[ \t]*\[|\Z)", text)[0]
+        # With its continuation lines, which are indented more; the other keys may be indented, too.
+        without = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "", server)
+        header, rest = without.split("\n", 1)
+        if ports is not None:
+            indent = re.search(r"(?m)^([ \t]*)[^\s#;]|\Z", rest)[1] or ""
+            header += f"\n{indent}public_ports = {', '.join(ports) or 'none'}"
         if server != f"{header}\n{rest}":
             write_file(path, text.replace(server, f"{header}\n{rest}"))
     finally:
-        os.close(lock)  # `hide` may come here twice
+        os.close(lock)  # `hide` may come here twice, also where the config is broken meanwhile
 
 def make_key(home, user):
     """Make a key without passphrase, Ed25519 and Curve25519. Returns its fingerprint."""
@@ -2293,7 +2283,9 @@ def install():
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     systemd = os.path.isdir("/run/systemd/system")
-    files = [(PROGRAM, source, 0o755), *([(UNIT_PATH, UNIT, 0o644)] if systemd else [])]
+    files = [(PROGRAM, source, 0o755)]
+    if systemd:
+        files.append((UNIT_PATH, UNIT, 0o644))
     for path, text, mode in files:
         with suppress(OSError), open(path, encoding="utf-8") as file:
             status = os.fstat(file.fileno())
@@ -2302,18 +2294,14 @@ def install():
         write_file(path, text, mode)
     return systemd
 
-def end_agent(home):
-    """No gpg-agent of the server's keyring stays outside the service: it would have root's session
-    keyring."""
-    query(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")
-
 def make_server(path, home, owner, name):
     """The keyring of a new server, its key if none is there, and its config."""
     os.makedirs(home, exist_ok=True)
     os.chown(home, owner.pw_uid, owner.pw_gid)
     known = list_keys(home, "--list-secret-keys")
     key = known[0]["fpr"] if known else make_key(home, f"tariq@{name}")
-    end_agent(home)
+    # No gpg-agent of it stays outside the service: it would have root's session keyring.
+    query(*as_owner(home), "gpgconf", "--homedir", home, "--kill", "all")
     import secrets
     ports = ",".join(map(str, secrets.SystemRandom().sample(range(1024, 32768), 5)))
     secret = binascii.b2a_base64(os.urandom(32), newline=False).decode()
@@ -2363,7 +2351,7 @@ def check_iptables(firewall, faults):
     for family, program in IPTABLES.items():
         try:
             firewall.check_rules(family)
-            doubts = firewall.doubts(family, firewall.rules(family, "INPUT"))
+            doubts = firewall.doubts(family, firewall.rules(family))
             log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
         except Fault as fault:
             (log if family == 6 else faults.append)(str(fault))
@@ -2440,7 +2428,7 @@ def cmd_keygen(options):
     path = options.config
     if not os.path.exists(path):
         write_file(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
-    home = os.path.expanduser(Config(path).get("client_gpg_dir", ["client"]))
+    home = Config(path).get("client_gpg_dir", ["client"])
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
@@ -2469,13 +2457,12 @@ def cmd_enroll(options):
     key = show_key(home, text)
     name = options.name or re.sub(r".*<(.+)>$", r"\1", key["uid"])
     section = config.clients.get(key["fpr"])
-    trouble = trouble_with(key, "S", home)
-    if not section and trouble:
-        raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
-    if not section and (f"allow {name}" in config.values
-                        or not re.fullmatch(r"(?a)\w[\w.@+-]*", name)):
-        raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one with "
-                              "--name.")
+    if not section:
+        if trouble := trouble_with(key, "S", home):
+            raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
+        if f"allow {name}" in config.values or not re.fullmatch(r"(?a)\w[\w.@+-]*", name):
+            raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one "
+                                  "with --name.")
     _, status, _ = gpg(home, "--import", data=text)
     if section:
         updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
@@ -2521,17 +2508,15 @@ def cmd_join(options):
         f"{options.host} O 22")
 
 # ---- command line --------------------------------------------------------------------------------
-SUBCOMMANDS = {  # name: its function, whose docstring is its help, and the config that it uses
-    "init": (cmd_init, ROOT_CONFIG), "check": (cmd_check, ROOT_CONFIG),
-    "hide": (cmd_hide, ROOT_CONFIG), "server": (cmd_server, ROOT_CONFIG),
-    "keygen": (cmd_keygen, CLIENT_CONFIG), "enroll": (cmd_enroll, ROOT_CONFIG),
-    "join": (cmd_join, CLIENT_CONFIG), "knock": (cmd_knock, CLIENT_CONFIG)}
+SUBCOMMANDS = {  # name: its function, whose docstring is its help
+    "init": cmd_init, "check": cmd_check, "hide": cmd_hide, "server": cmd_server,
+    "keygen": cmd_keygen, "enroll": cmd_enroll, "join": cmd_join, "knock": cmd_knock}
 
 def overview():
     """What tariq.py --help prints."""
     what = __doc__.split("\n\n")[0]
     commands = ""
-    for name, (function, _) in SUBCOMMANDS.items():
+    for name, function in SUBCOMMANDS.items():
         first_sentence = " ".join(function.__doc__.partition(". ")[0].split())
         commands += f"    {name:8}{first_sentence}\n"
     return f"""{what}
@@ -2553,9 +2538,9 @@ def help_format(prog):
 
 def parser_of(name):
     """The parser of a subcommand; to make all of them takes 2 ms."""
-    function, config = SUBCOMMANDS[name]
-    parser = Parser(prog=f"tariq.py {name}", description=function.__doc__.replace("\n    ", "\n"),
-                    formatter_class=help_format)
+    text = SUBCOMMANDS[name].__doc__.replace("\n    ", "\n")
+    parser = Parser(prog=f"tariq.py {name}", description=text, formatter_class=help_format)
+    config = CLIENT_CONFIG if name in ("keygen", "join", "knock") else ROOT_CONFIG
     add = parser.add_argument
     add("-c", "--config", default=config, type=os.path.realpath,
         help=f"use this config, not {config}")
@@ -2610,8 +2595,7 @@ def main():
                                "tariq.py --help says what each does.")
         options = parser_of(name).parse_args(words)
         verbose = options.verbose
-        function, _ = SUBCOMMANDS[name]
-        return function(options)  # an exit code; None is 0
+        return SUBCOMMANDS[name](options)  # an exit code; None is 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # never a traceback

@@ -174,6 +174,7 @@ for space in $(ip netns list | grep -o "^$1-[^ ]*"); do
     rm -f /run/tariq-*-$(stat -c %i /run/netns/$space).lock
     ip netns del $space
 done
+pkill -KILL -f "^gpg-agent --homedir $2/"  # by themselves they may take minutes, if many run
 rm -rf --one-file-system "$2"
 """
 
@@ -5288,6 +5289,15 @@ def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(t
         assert config.faults == {} and config.values["server"] == {**before, "public_ports": ports}
     tariq.set_public_ports(path, None)
     assert path.read_text().rstrip() == text.rstrip()
+
+def test_a_config_that_is_broken_meanwhile_keeps_no_lock(tmp_path, kept_umask):
+    """`hide` tries to change it once more when it takes everything back."""
+    path = write_config(tmp_path / "tariq.conf", "no INI file\n")
+    with pytest.raises(tariq.Fault, match="is no INI file"):
+        tariq.set_public_ports(path, [])
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(directory)
 
 def test_undo_during_a_trial_is_refused_or_ends_it(bare):
     """What it must not do: say 0, and then it is hidden for good."""
