@@ -5290,6 +5290,21 @@ def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(t
     tariq.set_public_ports(path, None)
     assert path.read_text().rstrip() == text.rstrip()
 
+def test_a_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    """Else a power cut could leave an empty one."""
+    fsync, replace, done = os.fsync, os.replace, []
+    def recorded_fsync(number):
+        fsync(number)
+        done.append(("on the disk", Path(f"/proc/self/fd/{number}").read_text()))
+    def recorded_replace(source, target):
+        done.append(("in its place", Path(target).read_text()))
+        replace(source, target)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    path = write(tmp_path / "file", "old", os.geteuid())
+    tariq.write_file(path, "new")
+    assert done == [("on the disk", "new"), ("in its place", "old")] and path.read_text() == "new"
+
 def test_a_config_that_is_broken_meanwhile_keeps_no_lock(tmp_path, kept_umask):
     """`hide` tries to change it once more when it takes everything back."""
     path = write_config(tmp_path / "tariq.conf", "no INI file\n")
