@@ -1167,8 +1167,9 @@ class Listener:
             raise Fault(BAD_DATA, f"{signer} signed no request, or one for another server or "
                                   "knock.")
         # Nothing was sent so far, and a Fault above sends nothing: `serve` logs it. The signature
-        # counts, whoever's it is: policy is the monitor's. From here on replies go to where the
-        # knock's last fragment came from, and nowhere else (`collect`).
+        # counts, whoever's it is: policy is the monitor's. From here on replies (the challenge, and
+        # to who answers it the result) go to where the knock's last fragment came from, and nowhere
+        # else (`collect`).
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
         while True:
@@ -1302,10 +1303,11 @@ def cmd_listener(descriptors):
 # Around what is not root's, and E, there is setpriv(1); around all but gpg and the listener
 # timeout(1). Both read no option behind the program's name.
 #
-# Words of others on their command lines: ports (digits: port_of), addresses (ipaddress prints
-# them), fingerprints (40 digits), {user}: a client's name (enroll checks it), and of E what
-# `forbidden` lets through. The config's words are the admin's. No word is split or joined: {fields}
-# are filled in after the splitting. (The lines for iptables-restore have only the admin's words.)
+# Their arguments: what is written where `by` says, the config's words, which are the admin's, and
+# of others' words ports (digits: port_of), addresses (ipaddress prints them), fingerprints (40
+# digits), {user}: a client's name (enroll checks it), and of E what `forbidden` lets through. No
+# word is split or joined: {fields} are filled in after the splitting. (The lines for
+# iptables-restore have only the admin's words.)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
