@@ -51,7 +51,7 @@ if KNOCKS:
 import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
 import re, select, shlex, signal, socket, struct, subprocess, threading, time, zlib
 from collections import OrderedDict, namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import monotonic
 if not KNOCKS:
@@ -790,13 +790,16 @@ class Exchange:
         self.client, self.route = client, route
         self.sealed = None  # until it is needed
 
+    def seal(self):
+        """Make the request, with a new k. It may ask for a passphrase. Raises Fault."""
+        k = os.urandom(32)
+        self.sealed = self.client.seal_request(k)
+        self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
+
     def frames(self):
-        """All fragments, in new frames. At first it makes the request, with a new k, for which gpg
-        may ask for a passphrase. Raises Fault."""
+        """All fragments, in new frames. Raises Fault."""
         if not self.sealed:
-            k = os.urandom(32)
-            self.sealed = self.client.seal_request(k)
-            self.knock_id, self.reply_key = knock_id_of(k), reply_key_of(k, self.sealed)
+            self.seal()
         return fragments_of(self.client.shared, self.knock_id, self.sealed,
                             len(self.route.targets))
 
@@ -885,7 +888,7 @@ class Client:
         # transport, with a new end; and an answer to that challenge alone.
         chosen = first = None  # that exchange, that challenge
         trouble = ""
-        exchanges[0].frames()  # to seal it before the time runs
+        exchanges[0].seal()  # before the time runs
         began, wait = monotonic(), FIRST_WAIT
         end = began + seconds
         while monotonic() < end:
@@ -1309,6 +1312,7 @@ def cmd_listener(descriptors):
 # word is split or joined: {fields} are filled in after the splitting. (The lines for
 # iptables-restore have only the admin's words.)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROGRAM_TIME = 15  # seconds
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
@@ -1337,7 +1341,7 @@ def finished(process):
         output = pipe.read(OUTPUT_ROOM) or b""
     return status if status >= 0 else 128 - status, output
 
-def query(*words, seconds=15, data=b""):
+def query(*words, seconds=PROGRAM_TIME, data=b""):
     """Run a program -> (exit status, its output). Not logged: it changes nothing. Raises Fault
     where it is missing."""
     status, output = finished(launch(words, seconds, data=data))
@@ -1345,7 +1349,7 @@ def query(*words, seconds=15, data=b""):
         raise missing(words[0])
     return status, output.decode(errors="replace")
 
-def run(*words, accept=0, seconds=15, data=b"", shown=""):
+def run(*words, accept=0, seconds=PROGRAM_TIME, data=b"", shown=""):
     """Log and run a program that changes something -> (exit status up to `accept`, its output).
     `shown` is what the log says of data. Raises Fault."""
     log(f"+ {shlex.join(words)}{shown}")
@@ -1403,6 +1407,14 @@ class Door:
         def value(match):
             return fields.get(match[1], match[0])
         return [re.sub(r"\{(\w+)\}", value, word) for word in shlex.split(template)]
+
+@contextmanager
+def closing_on():
+    """At the end: whatever becomes of one door or family, the others are closed."""
+    try:
+        yield
+    except Exception as error:
+        log(f"{as_fault(error)} Doors may be open.")
 
 IPTABLES = {4: "iptables", 6: "ip6tables"}
 WAIT = ("-w", "5")  # seconds for the lock that iptables' programs share
@@ -1582,7 +1594,7 @@ class Iptables:
         self.families.add(door.family)
         add = self.words("-A", door)
         log(f"+ {shlex.join(add)}")
-        adding = launch(add, 15)
+        adding = launch(add, PROGRAM_TIME)
         rules = self.rules(door.family)  # beside it, as a client waits for both
         status, _ = finished(adding)
         if status or not self.jumps() <= set(rules):
@@ -1613,12 +1625,10 @@ class Iptables:
 
     def stop(self, _doors):
         for family in self.families:
-            try:
+            with closing_on():
                 rules = self.rules(family)
                 if self.ours(rules):
                     self.transact(family, self.empty_chain(family, rules))
-            except Exception as error:  # whatever becomes of one family, the other is emptied
-                log(f"{as_fault(error)} Doors may be open.")
 
 class Commands:
     """Doors are whatever open_command and close_command make them."""
@@ -1656,10 +1666,8 @@ class Commands:
 
     def stop(self, doors):
         for door in doors:
-            try:
+            with closing_on():
                 self.close(door)
-            except Exception as error:  # whatever becomes of one door, the others are closed
-                log(f"{as_fault(error)} Doors may be open.")
 
 def firewall_of(config):
     """What makes the doors of a config. Raises Fault."""
@@ -1954,12 +1962,10 @@ class Monitor:
         doors = [Door(ip, port, user, seconds, self.firewall.templates) for port in ports]
         if action == "C":
             return "; ".join(self.close_for(door) for door in doors)
-        for door in doors:
-            doubt = self.open(door)
-        names = ", ".join(map(str, doors))
-        last = self.doors[door.key]
-        but = f", but {doubt}" if doubt else ""
-        return f"opened {names} for {last.source} until {last.end()}{but}"
+        doubts = [self.open(door) for door in doors]
+        names, last = ", ".join(map(str, doors)), self.doors[doors[-1].key]
+        doubt = f", but {doubts[-1]}" if doubts[-1] else ""
+        return f"opened {names} for {last.source} until {last.end()}{doubt}"
 
     def open(self, door):
         """O, for one port -> why it may be shut all the same, in words, or ''. Raises Fault."""

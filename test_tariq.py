@@ -2391,7 +2391,7 @@ def test_the_server_that_has_the_secret_too_leaves_no_core_dump(idle):
 ready = tariq.Monitor.ready
 def ready_and_told(monitor):
     ready(monitor)
-    tariq.log(f"dumpable: {tariq.ctypes.CDLL(None).prctl(3)}")
+    tariq.log(f"dumpable: {tariq.LIBC.prctl(3)}")
 tariq.Monitor.ready = ready_and_told
 """
     with serving(idle, program=idle.lab.program(change)) as server:
