@@ -17,17 +17,19 @@ you run it. A server's firewall drops everything (`hide`), and it listens on no 
       <--------------- frame(k', done | status | text)
 
 K is shared by a server and its clients: it hides the server and names nobody. k is random, for one
-knock, and known to who sealed the request and to who could unseal it. k' is made of k and of the
-sealed bytes (in the code: `key`, `k`, `reply_key`). A frame is tagged, masked, stamped with its
-time, and has a fresh nonce: the same bytes twice are a replay. The client repeats its knock in new
-frames until it has the result; the server acts once. Patience is how long a command may run.
+knock, and known only to the client that made it and to the server that can decrypt it. k' is made
+of k and of the sealed bytes (in the code: `shared`, `k`, `reply_key`). A frame is tagged, masked,
+stamped with its time, and has a fresh nonce: the same bytes twice are a replay. The client repeats
+its knock in new frames until it has the result; the server acts once. Patience is how long a
+command may run.
 
-Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and with K in the
-memory of server, listener and client; private keys in keyrings, read by gpg and gpg-agent only,
-with a passphrase where their owner set one (a server's has none); k in client, listener, and pipes
-to gpg. Nowhere else: no argument, environment or log has one (a log has what stands in the place of
-a section's name in a config, and 16 characters of what stands in that of a key), no other user's
-process can look in, and server and listener leave no core dump (they are not dumpable).
+Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and in the memory
+of every command that reads one of these; K in server, client, listener, and in the socket by which
+the server hands it to that; k in client, listener, and pipes to gpg; private keys in keyrings, read
+by gpg and gpg-agent only, with a passphrase where their owner set one (a server's has none). They
+are in no argument, environment, log or error. (Of a config, an error names a section, and 16
+characters of what stands in a key's place.) No other user's process can look in. Server and
+listener leave no core dump, as they are not dumpable; a client's is as your ulimit has it.
 
 The parts, in the order of the file, and who reads what before trusting it with a machine:
 
@@ -45,7 +47,7 @@ The parts, in the order of the file, and who reads what before trusting it with 
 # The first line: -I takes nothing of the caller's environment and directory; -S runs no package's
 # code at the start (see find_packages).
 import gc, sys
-KNOCKS = sys.argv[1:2] == ["knock"]  # which is to be quick
+KNOCKS = sys.argv[1:2] == ["knock"]  # the command that has to be quick
 if KNOCKS:
     gc.disable()  # it is over before there is garbage worth a search: 3 ms less
 import argparse, binascii, configparser, fcntl, hashlib, hmac, io, ipaddress, itertools, json, os
@@ -57,7 +59,7 @@ from time import monotonic
 if not KNOCKS:
     import ctypes, queue
     LIBC = ctypes.CDLL(None, use_errno=True)
-# For the same reason scapy, Pillow and `secrets` are imported where they are used.
+# To be quick, too, scapy, Pillow and `secrets` are imported where they are used.
 
 VERSION = "3.0"
 
@@ -80,6 +82,7 @@ policy; 78 config; 130 interrupted"""
 # Where Debian and Ubuntu have what a minimal machine of theirs may lack.
 PACKAGES = {"gpg": "gnupg", "iptables": "iptables", "ip6tables": "iptables", "ss": "iproute2",
             "setpriv": "util-linux", "scapy": "python3-scapy", "PIL": "python3-pil"}
+MODULES = ("scapy", "PIL")  # of Python's; the others are programs
 
 NOT_FOUND = 127  # exit status of setpriv(1) and timeout(1) where there is no such program
 
@@ -175,11 +178,11 @@ def rule_of(text):
     places = [number for number, word in enumerate(words) if word in ("-s", "--source", "--src")]
     if len(places) != 1:
         raise ValueError
-    at = places[0]
-    if words[0] != "-A" or words[at - 1] == "!" or "{dport}" not in words \
-            or words[at + 1:at + 2] not in (["{ip}"], ["{net}"]):
+    place = places[0]
+    if words[0] != "-A" or words[place - 1] == "!" or "{dport}" not in words \
+            or words[place + 1:place + 2] not in (["{ip}"], ["{net}"]):
         raise ValueError
-    if "{seconds}" in text:  # which are fewer when the rule is to be deleted: it would not be found
+    if "{seconds}" in text:  # they count down: the rule to be deleted would be another one
         raise ValueError
     return text
 
@@ -248,15 +251,17 @@ class Config:
         if not os.path.exists(path):
             raise Fault(CONFIG, f"There is no config {path} yet: tariq.py keygen YOU@LAPTOP makes "
                                 "a client's, and sudo tariq.py init a server's.")
-        with open(path, encoding="utf-8-sig") as file:
-            status = os.fstat(file.fileno())
-            self.stamp = stamp_of(status)
-            try:
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                status = os.fstat(file.fileno())
                 self.text = file.read()
-                self.ini.read_string(self.text)
-            except (ValueError, configparser.Error):  # which quotes the line: perhaps the secret
-                raise Fault(CONFIG, f"{path} is no INI file: it needs [section] or key = value in "
-                                    "each line, and every section and key once.")
+            self.ini.read_string(self.text)
+        except OSError as error:
+            raise Fault(CONFIG, f"{path} cannot be read: {error.strerror}.")
+        except (ValueError, configparser.Error):  # which quotes the line: perhaps the secret
+            raise Fault(CONFIG, f"{path} is no INI file: it needs [section] or key = value in each "
+                                "line, and every section and key once.")
+        self.stamp = stamp_of(status)
         if status.st_mode & 0o077 or (root and status.st_uid):
             raise Fault(CONFIG, f"{path} is open to others: chmod 600 it (and, if root's commands "
                                 "read it, chown root it).")
@@ -301,8 +306,8 @@ class Config:
     def require(self, *sections):
         """Raises Fault where one of the sections has one."""
         for name in sections:
-            for line in self.faults.get(name, []):
-                raise Fault(CONFIG, line)
+            if name in self.faults:
+                raise Fault(CONFIG, self.faults[name][0])
 
     def get(self, key, sections=("server",), default=REQUIRED):
         """The first value that one of the sections has for a key, or the default. Raises Fault."""
@@ -440,7 +445,8 @@ def trouble_with(key, use, home):
     return "" if use in key["can"] else "has a subkey that expired or is revoked"
 
 def find_key(home, option, name):
-    return next(iter(list_keys(home, option, name)), None)
+    keys = list_keys(home, option, name)
+    return keys[0] if keys else None
 
 def exactly(user):
     """How gpg names a key by this email and no other (gpg(1)); a fingerprint stays as it is."""
@@ -454,12 +460,13 @@ def seal(home, data, signer, recipient):
 
 # A seal counts if gpg's status lines (GnuPG doc/DETAILS) have each of these once. PLAINTEXT: one
 # message; DECRYPTION_OKAY: whole, also by its check of integrity; NEWSIG: one signature; GOODSIG:
-# a correct one, by a key that is neither expired nor revoked; VALIDSIG: whose, when. Whose: any
-# primary key of the keyring; what it may, policy says. When: within SIGNED_WITHIN of now. For whom:
-# the signed request names its recipient in "to", which has to be `own` (Listener.dialogue), as who
-# can decrypt a seal can encrypt it to somebody else. (Of hidden recipients only `own` is tried.)
+# a correct one, by a key that is neither expired nor revoked; VALIDSIG: by whom, and when.
+# By whom: any primary key of the keyring; policy says what that key may do.
+# When: within SIGNED_WITHIN of now.
+# For whom: only `own` is tried as a hidden recipient's key. And the signed request has to name it
+# in "to" (Listener.dialogue), as whoever can decrypt a seal can encrypt it to somebody else.
 PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
-# And none that begins or ends like this: BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, NODATA, FAILURE...
+# No keyword may match this: BADSIG, ERRSIG, EXPKEYSIG, REVKEYSIG, NO_PUBKEY, NODATA, FAILURE do.
 TROUBLE = "(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED"
 
 def unseal(home, sealed, own):
@@ -550,7 +557,8 @@ HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
 FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it (in a crafted SYN 1196)
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 PIECE_MAX = FRAME_MAX - HEAD - 1 - ID  # bytes of a seal in a fragment
-# Bytes of a packet: IPv4 20, UDP 8, HEAD, position 1, ID; IPv4 and TCP at their longest, FRAME_MAX.
+# Bytes of a packet that may hold a frame. Least: headers of IPv4, 20, and UDP, 8; HEAD, a position,
+# 1, and ID. Most: headers of IPv4 and TCP at their longest, 60 each, and FRAME_MAX.
 LEAST, MOST = 75, 1320
 
 def keyed(key, label, data, size):
@@ -672,7 +680,7 @@ def craft(own, to, own_port, port, payload, flags="", seq=0, ack=0):
     upper.sport, upper.dport = own_port, port
     if six:
         ip = inet6.IPv6(fl=secrets.randbits(20))
-    else:  # id 0: of no connected socket
+    else:  # Linux has the id 0 where no socket is connected
         ip = inet.IP(flags="DF", id=0 if flags in ("", "SA") else secrets.randbits(16))
     ip.src, ip.dst = own, to
     return bytes(ip / upper / payload)
@@ -745,7 +753,7 @@ Route = namedtuple("Route", "address own family targets")
 def find_routes(host, family, ports):
     """[Route] to a host's addresses (RFC 6724 order), as far as there is one. Raises Fault."""
     try:
-        # As bytes: text would load the tables for names beyond ASCII (1.5 ms), which it has not.
+        # As bytes: text would load tables for names beyond ASCII (1.5 ms), and this one is ASCII.
         found = socket.getaddrinfo(host.encode(), None, family, socket.SOCK_STREAM)
     except OSError as error:
         raise Fault(NO_ANSWER, f"{host} has no address that can be found here: is it written "
@@ -779,12 +787,14 @@ def same_family(address, other):
     return (":" in address) == (":" in other)
 
 class Exchange:
-    """One knock by one route: what it sends, and what it believes: nothing but frames with k' as
-    their key. From the challenge on, that the server is its own, and saw the knock come from
-    `seen`. That somebody relays it shows only where this machine's own address is public, or
-    `address` was given for this route's family: behind NAT without that, any `seen` is taken. One
-    challenge is answered, and no other one: a server that forgot its own has been restarted, and
-    would act twice."""
+    """One knock by one route: what it sends, and what it believes. Before a challenge: nothing of
+    anybody. It believes frames with k' as their key, and no other packet: from the challenge on,
+    that the server is its own, and saw the knock come from `seen`; of a result (without a
+    challenge, too, as nobody else could make one), that the server did what it says. That somebody
+    relays the knock shows only where this machine's own address is public, or `address` was given
+    for this route's family: behind NAT without that, any `seen` is taken. One challenge is
+    answered, and no other one: a server that forgot its own has been restarted, and would act
+    twice."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -886,7 +896,7 @@ class Client:
         sockets = {}  # socket: the way that it is of
         # Until the first challenge: each way in turn. From then on: that exchange by that
         # transport, with a new end; and an answer to that challenge alone.
-        chosen = first = None  # that exchange, that challenge
+        challenged = None  # that exchange, and its challenge's nonce
         trouble = ""
         exchanges[0].seal()  # before the time runs
         began, wait = monotonic(), FIRST_WAIT
@@ -905,19 +915,19 @@ class Client:
             again = min(end, monotonic() + wait * chance)
             wait = min(wait * BACKOFF, LONGEST_WAIT)
             for sock, payload in payloads(sockets, again):
-                exchange, transport = sockets[sock]
-                if result := read_result(exchange.reply_key, payload):
+                via, by = sockets[sock]
+                if result := read_result(via.reply_key, payload):
                     self.took = monotonic() - began
-                    return exchange, transport, result
-                challenge = read_challenge(exchange.reply_key, payload)
-                if challenge and not chosen:
+                    return via, by, result
+                challenge = read_challenge(via.reply_key, payload)
+                if challenge and not challenged:
                     self.step(f"The server has unsealed it, and sees {challenge.seen}.")
                     end = monotonic() + seconds + min(999, challenge.patience)
-                    chosen, first = exchange, challenge
-                    turns = itertools.repeat((exchange, transport))
-                if challenge and chosen is exchange and challenge.nonce == first.nonce:
-                    exchange.answer(challenge, sock)
-        if chosen:
+                    challenged = via, challenge.nonce
+                    turns = itertools.repeat((via, by))
+                if challenge and challenged == (via, challenge.nonce):
+                    via.answer(challenge, sock)
+        if challenged:
             raise Fault(NO_ANSWER, f"{self.host} unsealed the knock, but sent no result. It may "
                                    "have acted: look, then knock again.")
         raise self.silence(routes, transports, seconds, trouble)
@@ -942,10 +952,10 @@ def payloads(sockets, end):
                     del sockets[sock]
 
 def report(client, result):
-    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" means: who
-    knows k says that the server's firewall took the rule, and that the server sees no reason why
-    the door may be shut all the same (Iptables.doubts; it would be named). Whether a service
-    answers at the port, nobody looked."""
+    """Print what was done. -> exit code. Raises Fault where it was refused. "opened" means: the
+    server, as nobody else knows k, says that its firewall took the rule, and that it sees no reason
+    why the door may be shut all the same (Iptables.doubts; it would be named); where the server has
+    an open_command, only that this ended with 0. Nobody looked whether a service answers."""
     text = result.text
     if not result.done:
         raise Fault(result.status or REFUSED,
@@ -978,7 +988,7 @@ def cmd_knock(options):
         try:
             _, _, result = client.knock(others, [transport], 3 * client.took)
             status, fault = report(client, result), None
-        except Fault as error:  # an extra; but what may be open is said to be
+        except Fault as error:  # no matter, but for a relay, and for what may still be open
             if options.action == "C" or error.code == RELAYED:
                 done = "closed" if options.action == "C" else "opened"
                 log(f"tariq: not {done} for {others[0].address}: {error}")
@@ -992,34 +1002,34 @@ def cmd_knock(options):
 #            RECEIVE_BUFFER in the kernel (twice)             the kernel drops
 #   who has the secret, but no key:
 #            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten
-#            KNOCKS_MAX incomplete knocks                     the oldest is dropped
-#            KNOCKS_MAX complete ones, a thread each; of one  a new one is dropped: the client's
-#              address UNANSWERED_MAX that nobody answered    repeat asks again
+#            KNOCKS_MAX incomplete knocks, 38 KiB each        the oldest is dropped
+#            KNOCKS_MAX complete ones, a thread each          a new one is dropped: the client's
+#            UNANSWERED_MAX of these from one address           repeat asks again
 #            ANSWER_TIME and REPEAT_TIME of a knock           it ends
 #            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
 #                                                             at most some 300 log lines a second
-#   an enrolled client: as above; a log line for each request and rule; and in the monitor, which
-#     does one request at a time
+#   an enrolled client: as above, a log line for each request and rule, one request at a time, and
 #            DOORS_MAX doors of its own                       the oldest is closed
-#            COMMANDS_MAX commands of all clients, each for   refused; killed. Nothing bounds what a
-#              command_timeout                                permitted command itself does
+#            COMMANDS_MAX commands of all clients             refused
+#            command_timeout of each (nothing bounds what     killed
+#              else a permitted command does)
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same, when floods made self.seen forget it            `gate`: after CLOCK_SKEW (twice that
-#                                                               where its clock is ahead) it is
-#                                                               old; before, it draws a challenge
+#   the same, when floods made self.seen forget it            `gate`: CLOCK_SKEW after its stamp it
+#                                                               is old; until then `dialogue`: it
+#                                                               draws a challenge, which takes k
 #   the same after a restart                                  `gate`: it is from before self.began
-#   the same after a restart, of a client whose clock is      `dialogue`: who does not know k cannot
-#     ahead, in the minute after it                             answer the challenge
+#   the same after a restart, of a client whose clock is      `dialogue`: it draws a challenge,
+#     ahead, in the minute after it                             which takes k
 #   the same request in new frames, by who has the secret     `dialogue`: the same
 #   the same request at another server                        `dialogue`: "to" is another key
 #   a client's own repeats after a restart                      that client: it answers no second
 #                                                               challenge
 #
 # Who sees a client's packets can spoil its knocks: by copies that come first, from another address,
-# and with the secret by fragments of his own. Who is on the way can drop them. Nobody gets in so;
-# by relaying whole knocks, behind a NAT, somebody may (Exchange).
+# and with the secret by fragments of his own. Who is on the way can drop them. None of that lets
+# anybody in. Somebody who relays whole knocks of a client behind NAT may get in (Exchange).
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
@@ -1060,7 +1070,7 @@ class Listener:
         self.channel = channel  # to the monitor
         self.home, self.own_key = settings["home"], settings["own_key"]
         self.patience = settings["patience"]
-        self.key, self.ports = bytes.fromhex(settings["key"]), settings["ports"]
+        self.shared, self.ports = bytes.fromhex(settings["shared"]), settings["ports"]
         self.last = len(self.ports) - 1  # the last fragment's position
         self.began = time.time()
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
@@ -1082,13 +1092,15 @@ class Listener:
         """An authentic frame of now, new, at its own port -> (position, id, piece, Packet); else
         None, and nothing is kept of it. Position: a fragment's, or above last: an answer."""
         packet = split(data, link)
-        opened = read_knock(self.key, packet.payload)
+        opened = read_knock(self.shared, packet.payload)
         if not opened:
             return None
         # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        clock_went_back = now < self.began  # then nothing is known of what was before the start
+        # What is from before the start is refused, as its nonces are unknown. If the clock stands
+        # before the start now, that says nothing: only CLOCK_SKEW and the challenge are left.
+        clock_went_back = now < self.began
         old = sent <= self.began and not clock_went_back
         if old or abs(now - sent) > CLOCK_SKEW:
             self.complain("clock", f"{ip_text(packet.sender)} sent an authentic frame of "
@@ -1281,36 +1293,27 @@ def cmd_listener(descriptors):
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
         words = f"{fault} {fault.detail}".strip()
-        with suppress(OSError):  # what lies unread would take the line below with it
+        with suppress(OSError):  # a close with something unread would throw away the line below
             channel.recv(MESSAGE_MAX, socket.MSG_DONTWAIT)
         channel.send(json.dumps({"fault": [fault.code, words[:600]]}).encode())
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
-# Environment: PATH as below, and nothing else (the listener: only HOME=/; gpg: also LC_ALL and
-# GPG_TTY); no shell; descriptors 0 to 2 (the listener: two more; gpg: one for its words); cwd /
-# (but gpg). In the service all of them are in the unit's sandbox.
-#
-#   program                              by              as               time      output
-#   iptables, ip6tables, their -restore, run, query,     root             15 s      OUTPUT_ROOM
-#     -legacy -S                         Iptables.open
-#   open_command, close_command          run             root             15 s      OUTPUT_ROOM
-#   a client's permitted command (E)     execute         root             patience  OUTPUT_ROOM
-#   ss (hide, check), firewall-cmd       run, query      root             15 s      OUTPUT_ROOM
-#     (hide), id, useradd (init),
-#     timedatectl (check)
-#   systemctl (init)                     run             root             60, 120 s OUTPUT_ROOM
-#   gpg on what an admin gives it        gpg             keyring's owner  60 s      in memory
-#     (init, check, enroll)
-#   gpgconf (init)                       make_server     keyring's owner  15 s      OUTPUT_ROOM
-#   this file, as the listener           start_listener  keyring's owner  no limit  /dev/null
-# Around what is not root's, and E, there is setpriv(1); around all but gpg and the listener
-# timeout(1). Both read no option behind the program's name.
-#
-# Their arguments: what is written where `by` says, the config's words, which are the admin's, and
-# of others' words ports (digits: port_of), addresses (ipaddress prints them), fingerprints (40
-# digits), {user}: a client's name (enroll checks it), and of E what `forbidden` lets through. No
-# word is split or joined: {fields} are filled in after the splitting. (The lines for
-# iptables-restore have only the admin's words.)
+# No shell. Environment: PATH alone (of the listener HOME=/ alone; of gpg LC_ALL and GPG_TTY, too).
+# Around E and what is not root's there is setpriv(1), around all but gpg and the listener
+# timeout(1); neither reads an option behind the program's name. In the service: the unit's sandbox.
+#   program                                 by             as               time      output
+#   iptables, ip6tables, -restore, -legacy  run, query, .. root             15 s      OUTPUT_ROOM
+#   open_command, close_command             run            root             15 s      OUTPUT_ROOM
+#   a client's permitted command (E)        execute        root             patience  OUTPUT_ROOM
+#   ss, firewall-cmd, id, timedatectl       query          root             15 s      OUTPUT_ROOM
+#   useradd, systemctl                      run            root             15-120 s  OUTPUT_ROOM
+#   gpg, gpgconf (never on what a client    gpg, query     keyring's owner  60, 15 s  in memory
+#     sends: that gpg is the listener's)
+#   this file, as the listener              start_listener keyring's owner  no limit  /dev/null
+# Arguments: literal words in the call; the config's, which are the admin's; and of others' words
+# ports (digits), addresses (as ipaddress prints them), fingerprints, {user} (a client's name, which
+# enroll checks): none of these begins with -. And E's, which can, if `forbidden` lets them.
+# No word is split or joined: {fields} are filled in after the splitting.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAM_TIME = 15  # seconds
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
@@ -1325,6 +1328,7 @@ def need_root():
 def launch(words, seconds, before=(), data=b""):
     """Start a program, by `before`; after `seconds` timeout(1) kills it and its group. `data`, of
     less than a pipe's 64 KiB, is its stdin."""
+    # -k: when this server's death ends timeout by TERM (--pdeathsig), a second later it kills, too.
     process = Popen([*before, "timeout", "-k", "1", "-s", "KILL", str(seconds), *words], cwd="/",
                     stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True)
     with suppress(OSError), process.stdin as pipe:
@@ -1361,12 +1365,14 @@ def run(*words, accept=0, seconds=PROGRAM_TIME, data=b"", shown=""):
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
 # A door's end is Door.until: open_timeout from when it was opened. It is kept by the kernel, where
 # the rule says {until} (xt_time) or the command {seconds} (nft's timeout), whoever is dead; and by
-# `close_ended` while the server runs.
-# Two clients behind one address share its doors: the later end holds, and who has that closes it.
-# They share UNANSWERED_MAX, too. Two servers on one machine need two chains, or the second does not
-# start (take_lock; so one of them at most has an open_command). None of them should have
+# `close_ended` while the server runs. Where neither is said, nobody else keeps it.
+# Two clients behind one address share its doors: the later end holds, and the door is the client's
+# who has that: nobody else closes it. They share UNANSWERED_MAX, too.
+# Two servers on one machine need two chains, or the second does not start (take_lock; all that have
+# an open_command share a lock, so there is one of them at most). None of them should have
 # public_ports: it would drop what the other one's doors let in. Then each has doors, ports and
-# clients of its own. Elsewhere they share nothing: a request names its server.
+# clients of its own; a listener that is taken over has the other one's keyring where both are one
+# user's. Two servers on two machines share nothing: a request names its server.
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1429,8 +1435,6 @@ KEPT = {
         *(f"-p ipv6-icmp -m icmp6 --icmpv6-type {number} -j ACCEPT"
           for number in (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143))],
 }
-
-NO_SYN = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"
 
 class Iptables:
     """Doors are rules in a chain of ours; another one hides what is not public, where the config
@@ -1508,12 +1512,14 @@ class Iptables:
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-            # While there is a limit, TCP connections that were idle since before the kernel tracked
-            # them are taken up; but not at the knock's last port, where that would end a knock.
-            idle = [f"-p tcp -m tcp --dport {self.last_port} -j DROP", NO_SYN] if limit else []
+            # A connection from before the kernel tracked any is not established to it. So while
+            # there is a limit, TCP that is no first SYN goes on; but not at the knock's last port:
+            # the kernel would answer the client there, by RST, and end the knock.
+            old = [f"-p tcp -m tcp --dport {self.last_port} -j DROP",
+                   "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, *idle, "-j DROP"]),
+                        for rule in [*KEPT[family], *public, *old, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1623,7 +1629,7 @@ class Iptables:
         """-> whether it was open."""
         return run(*self.words("-D", door), accept=1)[0] == 0
 
-    def stop(self, _doors):
+    def stop(self, _doors):  # it needs no list: it empties its chain
         for family in self.families:
             with closing_on():
                 rules = self.rules(family)
@@ -1758,8 +1764,8 @@ def hide(firewall, limit=""):
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
-    """Take jump, chain and key out; what is not there is no fault."""
-    try:  # the key first: else the server that runs might put the jump back
+    """Take public_ports, jumps and chains out; what is not there is no fault."""
+    try:  # the config first: else the server that runs might put the jumps back
         set_public_ports(config.path, None)
     finally:
         for family in IPTABLES:
@@ -1809,27 +1815,30 @@ def take_lock(name):
 # What ends what           doors                         commands, listener     what is hidden
 #   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
 #   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
-#                          (open_command: as it
-#                          says); without an end there,
-#                          not before the next start (of
-#                          open_command: not even then)
+#                          (open_command: as it says).
+#                          A door without an end there:
+#                          at the next start; such a one
+#                          of open_command: never
 #   the listener's death   closed: `stop`; exit 70, at   the same               stays
 #                            a start also 69 or 78
 #   a reboot               gone                          gone                   again, if it starts
 # Connections that are there go on. A client that is taken out of the config is refused from its
 # next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
 # knock; log lines may be lost. A flush of the firewall opens what is hidden until the next request.
-# The kernel's ends are of the wall clock: set back, it ends later. After a SIGKILL systemd starts
-# it again, in 5 s, and a start closes what iptables has of doors. gpg-agent ends with the service;
-# by hand, with its keyring.
+# The kernel looks at the wall clock: where that is set back, its doors end later. After a SIGKILL
+# systemd starts the server again, in 5 s, and a start closes what iptables has of doors. gpg-agent
+# ends with the service; where the server was started by hand, when its keyring is removed.
 COMMANDS_MAX = 16  # at once
-DOORS_MAX = 100  # of a client, from all its addresses; a request has fewer
+DOORS_MAX = 100  # of a client, from all its addresses
+REQUEST_MAX = 100  # words of a request, which for want of CAPACITY has fewer
 
 def forbidden(patterns, command):
-    """The part of a command that no pattern of `may` permits, or ''. O, C: each port by itself, *
-    is any. E: one pattern fits word by word, where * (quoted, too) is any word, an option or a path
-    as well; as the last one any number, or none. A port is opened for all who share the address, or
-    its network, where the rule says {net}."""
+    """The part of a command that no pattern of `may` permits, or ''.
+    O, C: each port by itself; * is any port. A port is opened for all who share the address, or, if
+    the rule says {net}, its network.
+    E: one pattern fits word by word, and the command is run by root. * is any one word, also an
+    option like -x or a path like /etc/passwd; a * at the end is any number of words, or none.
+    Quotes do not change that."""
     action, *words = command
     allowed = [pattern[1:] for pattern in patterns if pattern[0] == action]
     if action != "E":
@@ -1856,14 +1865,13 @@ class Monitor:
         self.firewall = firewall_of(config)
         ports = config.get("secret_ports")
         self.settings = {  # the listener's, too; like the doors' rules they last until a restart
-            "ports": ports, "key": shared_key(config.get("secret"), ports).hex(),
+            "ports": ports, "shared": shared_key(config.get("secret"), ports).hex(),
             "home": config.get("server_gpg_dir"), "own_key": config.get("server_key"),
             "patience": config.get("command_timeout", default=30)}
 
     def policy(self):
         """The config as it is now, parsed once a change of its file. Where one is broken, or has a
-        fault in [server], the last whole one holds, and the log says so once; but nothing is put
-        back any more to hide what `hide --undo` opened, which took public_ports out."""
+        fault in [server], the last whole one holds, and the log says so once."""
         stamp = None
         with suppress(OSError):
             stamp = stamp_of(os.stat(self.config.path))
@@ -1872,8 +1880,8 @@ class Monitor:
             try:
                 config = Config(self.config.path, root=True)
                 server = config.ini["server"]
-                if server and "public_ports" not in server:
-                    self.firewall.public_ports = None
+                if server and "public_ports" not in server:  # empty: of no whole file
+                    self.firewall.public_ports = None  # `hide --undo` ran: do not hide again
                 config.require("server")
                 self.config = config
                 self.firewall.public_ports = config.get("public_ports", default=None)
@@ -1885,17 +1893,19 @@ class Monitor:
 
     def handle(self, data):
         """One message. The listener's word counts for who signed, and where; not for what they may.
-        One that was taken over can ask for log lines (cut, and printable), for one "ready", for
-        this server's end ("fault"), and in any client's name and for any address for what that
-        client's `may` permits. To the rest says no: here, what is no such message; `forbidden`,
-        what is not permitted; DOORS_MAX and COMMANDS_MAX, more than so many. Raises Fault: the
-        server ends."""
+        One that was taken over can ask for log lines (cut, and printable; any number), for one
+        "ready", for this server's end ("fault"), and in any client's name and for any address for
+        what that client's `may` permits. To the rest says no: here, what is no such message;
+        `forbidden`, what is not permitted; DOORS_MAX and COMMANDS_MAX, more than so many. Raises
+        Fault: the server ends."""
         try:
             (kind, content), = json.loads(data).items()
             if kind == "request" and self.is_ready:
                 knock_id, signer, command, sender = content
                 knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
                 ip, command = ip_text(bytes.fromhex(sender)), command_of(command)
+                if len(command) > REQUEST_MAX:
+                    raise ValueError
             elif kind == "log":
                 words = self.named(content[:1000])
             elif kind == "fault":
@@ -2001,9 +2011,10 @@ class Monitor:
 
     def close_ended(self):
         for door in list(self.doors.values()):
+            if not door.deadline or door.deadline > monotonic():
+                continue
             try:
-                if door.deadline and door.deadline <= monotonic():
-                    self.close(door)
+                self.close(door)
             except Exception as error:
                 log(f"{door} for {door.source} is not closed: {as_fault(error)} Trying again.")
                 door.deadline = monotonic() + 1
@@ -2175,7 +2186,7 @@ def cmd_server(options):
 # ---- set-up: once, by hand; init, check, enroll as root, keygen, join as the user ----------------
 # Files, all written by write_file, whole or not at all, but those marked *:
 #   /etc/tariq/tariq.conf         root's, 0600      init, enroll, hide
-#   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg in init and enroll, as tariq
+#   /etc/tariq/.server-gpg        tariq's, 0700 *   gpg, gpg-agent: in init, enroll, the listener
 #   PROGRAM, UNIT_PATH            root's, 755, 644  init
 #   /run/tariq-CHAIN-*.lock       root's, 0600 *    server, hide, check: empty, never removed
 #   what is in ~/.config/tariq    yours, 0600       keygen, join (* gpg, its keyring in there)
@@ -2267,15 +2278,17 @@ def set_public_ports(path, ports):
     _, lock = locked_directory(path)
     try:
         text = Config(path, root=True).text.rstrip() + "\n"
-        server = re.search(r"(?ms)^[ \t]*\[server\].*?(?=^[ \t]*\[|\Z)", text)[0]
-        # With its continuation lines, which are indented more; the other keys may be indented, too.
-        without = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "", server)
-        header, rest = without.split("\n", 1)
+        start = re.search(r"(?m)^[ \t]*\[server\].*\n", text).end()
+        following = re.search(r"(?m)^[ \t]*\[", text[start:])  # the next section
+        end = start + following.start() if following else len(text)
+        # With the lines in which its value goes on, which are indented more.
+        section = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "",
+                         text[start:end])
         if ports is not None:
-            indent = re.search(r"(?m)^([ \t]*)[^\s#;]|\Z", rest)[1] or ""
-            header += f"\n{indent}public_ports = {', '.join(ports) or 'none'}"
-        if server != f"{header}\n{rest}":
-            write_file(path, text.replace(server, f"{header}\n{rest}"))
+            indent = re.search(r"(?m)^([ \t]*)[^\s#;]", section)[1]  # of the first key
+            section = f"{indent}public_ports = {', '.join(ports) or 'none'}\n{section}"
+        if section != text[start:end]:
+            write_file(path, text[:start] + section + text[end:])
     finally:
         os.close(lock)  # `hide` may come here twice, also where the config is broken meanwhile
 
@@ -2286,8 +2299,8 @@ def make_key(home, user):
     return re.search(r"KEY_CREATED \S+ (\w{40})", status)[1]
 
 def install():
-    """This program and its service; each written only where it is another one. -> whether systemd
-    runs here."""
+    """Write this program and its service, where they are not there as they should be -> whether
+    systemd runs here."""
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     systemd = os.path.isdir("/run/systemd/system")
@@ -2295,7 +2308,7 @@ def install():
     if systemd:
         files.append((UNIT_PATH, UNIT, 0o644))
     for path, text, mode in files:
-        with suppress(OSError), open(path, encoding="utf-8") as file:
+        with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
             status = os.fstat(file.fileno())
             if (file.read(), status.st_uid, status.st_mode & 0o777) == (text, 0, mode):
                 continue
@@ -2325,7 +2338,7 @@ def cmd_init(options):
     import importlib.machinery, pwd, shutil, site
     find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
     needed = {PACKAGES[name] for name in PACKAGES
-              if not shutil.which(name) and not find_spec(name, places)}
+              if not (find_spec(name, places) if name in MODULES else shutil.which(name))}
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
@@ -2340,7 +2353,7 @@ def cmd_init(options):
     if not os.path.exists(options.config):
         make_server(options.config, home, owner, name)
     if options.config != ROOT_CONFIG:
-        return log(f"Run: tariq.py server -c {options.config}")  # another one's set-up, by hand
+        return log(f"Run: tariq.py server -c {options.config}")  # the service has ROOT_CONFIG
     config = Config(options.config, root=True)
     config.require("server")
     if not install():
@@ -2475,7 +2488,7 @@ def cmd_enroll(options):
     if section:
         updated = re.search("IMPORT_OK [1-9]", status)  # 0: gpg had it all
         key = find_key(home, "--list-keys", key["fpr"])  # as it is now: more may have been known
-        state = trouble_with(key, "S", home) or f"expires: {key['expires']}"
+        state = trouble_with(key, "S", home) or f"is good, and expires: {key['expires']}"
         log(f"[{section}] is there already, and its key is {'updated' if updated else 'the same'}: "
             f"it {state}. What it may do stays as it is.")
     else:
