@@ -23,13 +23,15 @@ stamped with its time, and has a fresh nonce: the same bytes twice are a replay.
 its knock in new frames until it has the result; the server acts once. Patience is how long a
 command may run.
 
-Where secrets are: `secret` in configs, 0600, in the profile that enroll prints, and in the memory
-of every command that reads one of these; K in server, client, listener, and in the socket by which
-the server hands it to that; k in client, listener, and pipes to gpg; private keys in keyrings, read
-by gpg and gpg-agent only, with a passphrase where their owner set one (a server's has none). They
-are in no argument, environment, log or error. (Of a config, an error names a section, and 16
-characters of what stands in a key's place.) No other user's process can look in. Server and
-listener leave no core dump, as they are not dumpable; a client's is as your ulimit has it.
+Where secrets are. `secret`: in configs, 0600, in the profile that enroll prints, and in the memory
+of each command that reads one of these. K: in server, client, listener, and the socket by which the
+server hands it to the listener. k: in client, listener, gpg, and the pipes between them. Private
+keys: in keyrings, which gpg and gpg-agent read. A passphrase, where a key's owner set one (a
+server's key has none): pinentry asks for it, gpg-agent keeps it for a while, Tariq never sees it.
+None of these is in an argument, an environment, a log or an error. (Of a config an error names a
+section, and 16 characters of what stands in a key's place.) No other user's process can look in.
+Server and listener leave no core dump, as they are not dumpable; the other commands' dumps are as
+your ulimit has it.
 
 The parts, in the order of the file, and who reads what before trusting it with a machine:
 
@@ -239,10 +241,11 @@ class Config:
     to who needs that section (`require`). Raises Fault for what is no INI file.
 
     A bad edit of a server's: no INI, unreadable, or a fault in [server]: while the server runs, the
-    last whole one holds, with the clients it had, and the log says so (Monitor.policy). At a start:
-    exit 78 before anything is touched: after a reboot the machine is not hidden, and who mends it
-    gets in; at a restart what is hidden stays so, without a door (so `check` first). A fault in one
-    [allow NAME]: that client is refused, nobody else."""
+    last whole one holds, with the clients it had, and the log says so (Monitor.policy; but from a
+    [server] that has lost its public_ports on, nothing is hidden again after a flush). At a start:
+    exit 78 before anything is touched: after a reboot the machine is not hidden, so that whoever
+    mends it gets in; at a restart what is hidden stays so, without a door (so `check` first). A
+    fault in one [allow NAME]: that client is refused, nobody else."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -325,7 +328,7 @@ GPG = ["gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "
        # A key made a minute from now, by the other machine's clock, is one. Tariq looks at the
        # times of signatures and of new keys itself: SIGNED_WITHIN, CLOCK_SKEW.
        "--ignore-time-conflict", "--ignore-valid-from"]
-READ_ONLY = "--lock-never"  # writes nothing: a full disk does not matter
+NO_LOCKS = "--lock-never"  # for what only reads a keyring: a full disk does not matter to it
 CLOCK_SKEW = 60  # seconds that a client's clock may differ from the server's
 INPUT_MAX = 65_536  # bytes that are read of standard input
 UNSEAL_TIME = 2  # seconds: 15 ms are usual; nested compression would take 10 s
@@ -407,7 +410,7 @@ def list_keys(home, *arguments, data=b""):
     """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
     of `data`. A name that is not there lists none. Raises Fault."""
     try:
-        listing, _, _ = gpg(home, READ_ONLY, "--with-colons", "--with-keygrip", *arguments,
+        listing, _, _ = gpg(home, NO_LOCKS, "--with-colons", "--with-keygrip", *arguments,
                             data=data)
     except Fault as fault:
         if fault.code != BAD_DATA or not ("--show-keys" in arguments
@@ -454,7 +457,7 @@ def exactly(user):
 
 def seal(home, data, signer, recipient):
     """Sign and encrypt (RFC 4880): binary, recipient hidden, not compressed. Raises Fault."""
-    return gpg(home, READ_ONLY, "--compress-algo", "none", "--local-user", exactly(signer),
+    return gpg(home, NO_LOCKS, "--compress-algo", "none", "--local-user", exactly(signer),
                "--sign", "--hidden-recipient", recipient, "--encrypt", data=data,
                seconds=SIGNED_WITHIN)[0]
 
@@ -473,7 +476,7 @@ def unseal(home, sealed, own):
     """Decrypt with the key `own`, verify -> (fingerprint of the signer's primary key, at most
     PLAIN_MAX bytes). Takes only what status lines prove, and not gpg's exit status, which is 2
     where it tried an older subkey first. Raises Fault."""
-    plain, lines, said = gpg(home, READ_ONLY, "--pinentry-mode", "cancel",
+    plain, lines, said = gpg(home, NO_LOCKS, "--pinentry-mode", "cancel",
                              "--max-output", str(PLAIN_MAX), "--try-secret-key", own, "--decrypt",
                              data=sealed, seconds=UNSEAL_TIME, any_status=True)
     status = [line.split(" ")[1:] for line in lines.split("\n") if line.startswith("[GNUPG:] ")]
@@ -542,8 +545,8 @@ def embed(samples, data):
             + chunk(b"IEND", b""))
 
 def extract(png):
-    """PNG -> data and spaces. The size comes first: a bomb stays packed. Raises ValueError, and
-    what Pillow has for bad files, which is much."""
+    """PNG -> data and spaces. The size is looked at before the pixels are unpacked, so a bomb stays
+    packed. Raises ValueError, and what Pillow has for bad files, which is much."""
     from PIL.PngImagePlugin import PngImageFile
     image = PngImageFile(io.BytesIO(png))
     if image.size != (SIDE, SIDE) or image.mode != "RGB":
@@ -636,15 +639,18 @@ def result_of(done, status, text):
 
 def read_result(reply_key, payload):
     opened = unframe(reply_key, b"result", payload, 2)
-    return opened and Result(opened[1][0], opened[1][1], opened[1][2:])
+    if not opened:
+        return None
+    _, data = opened
+    return Result(data[0], data[1], data[2:])
 
 # Addresses as bytes, ports (port: the sender's), TCP header or b"", payload, recvfrom's address.
 Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 
 def split(packet, link):
     """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet. Padded to LEAST, so
-    that no index below can fail: the highest is 72, in TCP's header behind 60 bytes of IPv4's. A
-    padded one is too short for a frame."""
+    that no index below can fail: the highest is 72, in TCP's header behind 60 bytes of IPv4's. What
+    a padded one has for a payload is no frame: its tag does not fit."""
     packet = packet.ljust(LEAST)
     if packet[0] >> 4 == 4:
         at, protocol, sender, own = (packet[0] & 15) * 4, packet[9], packet[12:16], packet[16:20]
@@ -787,14 +793,13 @@ def same_family(address, other):
     return (":" in address) == (":" in other)
 
 class Exchange:
-    """One knock by one route: what it sends, and what it believes. Before a challenge: nothing of
-    anybody. It believes frames with k' as their key, and no other packet: from the challenge on,
-    that the server is its own, and saw the knock come from `seen`; of a result (without a
-    challenge, too, as nobody else could make one), that the server did what it says. That somebody
-    relays the knock shows only where this machine's own address is public, or `address` was given
-    for this route's family: behind NAT without that, any `seen` is taken. One challenge is
-    answered, and no other one: a server that forgot its own has been restarted, and would act
-    twice."""
+    """One knock by one route: what it sends, and what it believes. Before a challenge it believes
+    nobody; and never anything but frames with k' as their key. By the challenge: that the server is
+    its own, and saw the knock come from `seen`. By a result (without a challenge, too, as nobody
+    else could make one): that the server did what it says. That somebody relays the knock shows
+    only where this machine's own address is public, or `address` was given for this route's family:
+    behind NAT without that, any `seen` is taken. One challenge is answered, and no other one: a
+    server that forgot its own has been restarted, and would act twice."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -955,7 +960,7 @@ def report(client, result):
     """Print what was done. -> exit code. Raises Fault where it was refused. "opened" means: the
     server, as nobody else knows k, says that its firewall took the rule, and that it sees no reason
     why the door may be shut all the same (Iptables.doubts; it would be named); where the server has
-    an open_command, only that this ended with 0. Nobody looked whether a service answers."""
+    an open_command, only that this ended with 0. Nobody has tried whether a service answers."""
     text = result.text
     if not result.done:
         raise Fault(result.status or REFUSED,
@@ -1027,9 +1032,9 @@ def cmd_knock(options):
 #   a client's own repeats after a restart                      that client: it answers no second
 #                                                               challenge
 #
-# Who sees a client's packets can spoil its knocks: by copies that come first, from another address,
-# and with the secret by fragments of his own. Who is on the way can drop them. None of that lets
-# anybody in. Somebody who relays whole knocks of a client behind NAT may get in (Exchange).
+# Whoever sees a client's packets can make its knocks fail, by copies that come first, from another
+# address, and with the secret by fragments of his own. Whoever is on the way can drop them. None of
+# that lets anybody in. Who relays whole knocks of a client behind NAT may get in (Exchange).
 #
 # A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
@@ -1039,7 +1044,7 @@ def cmd_knock(options):
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
-GPG_SLOTS, GPG_WAIT = threading.Semaphore(4), 10  # runs of gpg at once; seconds to wait for one
+GPG_SLOTS, GPG_WAIT = 4, 10  # runs of gpg at once; seconds for which a knock waits for one
 ANSWER_TIME = 30  # seconds from the challenge to its answer
 REPEAT_TIME = 10  # seconds in which a result is repeated
 COMPLAINT_TIME = 60  # seconds between two log lines of one kind
@@ -1047,6 +1052,12 @@ MESSAGE_MAX = 8192  # bytes of a message between listener and monitor
 RECEIVE_BUFFER = 4 << 20  # bytes of packets that wait; the kernel doubles it: what garbage can pin
 ENDED = b"ended "  # what tells an ended knock's id from a nonce in `seen`
 PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+def succeed(result):
+    """Of a function of the C library's. Raises OSError where it has failed."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 def in_thread(function, *arguments):
     """Start it in a thread, which ends with this process."""
@@ -1072,6 +1083,7 @@ class Listener:
         self.patience = settings["patience"]
         self.shared, self.ports = bytes.fromhex(settings["shared"]), settings["ports"]
         self.last = len(self.ports) - 1  # the last fragment's position
+        self.gpg_slots = threading.Semaphore(GPG_SLOTS)
         self.began = time.time()
         self.partial = OrderedDict()  # knock id: Knock of which fragments are missing
         self.lock = threading.Lock()  # of these two, which threads share
@@ -1080,9 +1092,11 @@ class Listener:
         self.complained = {}  # kind: when
 
     # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
-    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. (A frame that
-    # was recorded gets past the tag: `gate` drops it, with a log line a minute at most. At a client
-    # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little.) ==
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. (A recorded
+    # frame gets past the tag: `gate` drops it, with a log line a minute at most; but one that comes
+    # before the original is taken in its place, and goes the way of a knock, as in the tables
+    # above. At a client `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as
+    # little.) ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -1098,8 +1112,8 @@ class Listener:
         # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        # What is from before the start is refused, as its nonces are unknown. If the clock stands
-        # before the start now, that says nothing: only CLOCK_SKEW and the challenge are left.
+        # What is from before the start is refused, as its nonces are unknown. Not if the clock was
+        # set back to before the start: that would refuse everything, for as long.
         clock_went_back = now < self.began
         old = sent <= self.began and not clock_went_back
         if old or abs(now - sent) > CLOCK_SKEW:
@@ -1167,12 +1181,12 @@ class Listener:
     def dialogue(self, knock_id, knock, address):
         """The server's side of the exchange. Raises Fault."""
         sealed = b"".join(piece for _, piece in sorted(knock.pieces.items()))
-        if not GPG_SLOTS.acquire(timeout=GPG_WAIT):
+        if not self.gpg_slots.acquire(timeout=GPG_WAIT):
             raise Fault(SYSTEM, "too many knocks at once.")
         try:
             signer, png = unseal(self.home, sealed, self.own_key)
         finally:
-            GPG_SLOTS.release()
+            self.gpg_slots.release()
         try:
             request = json.loads(extract(png))
             k, command = bytes.fromhex(request["k"]), command_of(request["cmd"])
@@ -1181,10 +1195,10 @@ class Listener:
         except Exception:  # whatever else was signed: Pillow has many for bad files
             raise Fault(BAD_DATA, f"{signer} signed no request, or one for another server or "
                                   "knock.")
-        # Nothing was sent so far, and a Fault above sends nothing: `serve` logs it. The signature
-        # counts, whoever's it is: policy is the monitor's. From here on replies (the challenge, and
-        # to who answers it the result) go to where the knock's last fragment came from, and nowhere
-        # else (`collect`).
+        # Nothing was sent so far, and a Fault above sends nothing: `serve` logs it. Any signer of
+        # the keyring draws a challenge; what he may, the monitor decides. From here on replies (the
+        # challenge, and to who answers it the result) go to the address that the knock's last
+        # fragment first came from, and to no other (`collect`).
         reply_key, nonce = reply_key_of(k, sealed), os.urandom(32)
         expected, end = proof_of(reply_key, nonce), monotonic() + ANSWER_TIME
         while True:
@@ -1199,7 +1213,7 @@ class Listener:
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
-            result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # here a margin
+            result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # longer than it takes
             end = monotonic() + REPEAT_TIME
             while piece is not None:  # the answer; then each repeat
                 self.reply(knock, frame(reply_key, b"result", result))
@@ -1223,9 +1237,7 @@ class Listener:
             # it, and Python gives 20.
             where = struct.pack("HHiHBB32s", socket.AF_PACKET, socket.htons(protocol),
                                 socket.if_nametoindex(name), hardware, kind, len(address), address)
-            if LIBC.sendto(self.sock.fileno(), data, len(data), 0, where, len(where)) < 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
+            succeed(LIBC.sendto(self.sock.fileno(), data, len(data), 0, where, len(where)))
         except OSError as error:  # the client repeats itself
             self.complain("reply", f"{ip_text(packet.sender)}: a reply cannot be sent by {name}: "
                                    f"{error.strerror}.")
@@ -1270,8 +1282,7 @@ def keep_to_itself():
     """No other process of this user reads this one's memory, which has the secret, nor does a core
     dump (prctl(2)); and what keys root's session has (keyrings(7); systemd gives a service none)
     stay there. Raises OSError."""
-    if LIBC.prctl(PR_SET_DUMPABLE, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
+    succeed(LIBC.prctl(PR_SET_DUMPABLE, 0))
     with suppress(OSError):  # the library is missing: there are no such keys either, mostly
         ctypes.CDLL("libkeyutils.so.1").keyctl_join_session_keyring(None)
 
@@ -1293,27 +1304,28 @@ def cmd_listener(descriptors):
     except Exception as error:  # its stderr is /dev/null: the monitor says it
         fault = as_fault(error)
         words = f"{fault} {fault.detail}".strip()
-        with suppress(OSError):  # a close with something unread would throw away the line below
+        with suppress(OSError):  # a close with something unread would throw away what is sent below
             channel.recv(MESSAGE_MAX, socket.MSG_DONTWAIT)
         channel.send(json.dumps({"fault": [fault.code, words[:600]]}).encode())
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # No shell. Environment: PATH alone (of the listener HOME=/ alone; of gpg LC_ALL and GPG_TTY, too).
-# Around E and what is not root's there is setpriv(1), around all but gpg and the listener
-# timeout(1); neither reads an option behind the program's name. In the service: the unit's sandbox.
+# timeout(1) starts all but gpg and the listener; setpriv(1) starts these, gpgconf and E. Neither
+# reads an option behind the program's name. In the service: the unit's sandbox.
 #   program                                 by             as               time      output
 #   iptables, ip6tables, -restore, -legacy  run, query, .. root             15 s      OUTPUT_ROOM
 #   open_command, close_command             run            root             15 s      OUTPUT_ROOM
 #   a client's permitted command (E)        execute        root             patience  OUTPUT_ROOM
 #   ss, firewall-cmd, id, timedatectl       query          root             15 s      OUTPUT_ROOM
 #   useradd, systemctl                      run            root             15-120 s  OUTPUT_ROOM
-#   gpg, gpgconf (never on what a client    gpg, query     keyring's owner  60, 15 s  in memory
-#     sends: that gpg is the listener's)
+#   gpg, gpgconf: init, check, enroll; not  gpg, query     keyring's owner  60, 15 s  in memory
+#     for a knock: that is the listener's
 #   this file, as the listener              start_listener keyring's owner  no limit  /dev/null
-# Arguments: literal words in the call; the config's, which are the admin's; and of others' words
+# Arguments: literal words in the call; the config's, which are the admin's; and, from others, only
 # ports (digits), addresses (as ipaddress prints them), fingerprints, {user} (a client's name, which
 # enroll checks): none of these begins with -. And E's, which can, if `forbidden` lets them.
-# No word is split or joined: {fields} are filled in after the splitting.
+# No word is split or joined: {fields} are filled in after the splitting. (knock, keygen and join
+# are yours: their gpg has your environment.)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAM_TIME = 15  # seconds
 OUTPUT_ROOM = 1 << 20  # bytes that a program may print before it has to wait, until it is killed
@@ -1328,7 +1340,7 @@ def need_root():
 def launch(words, seconds, before=(), data=b""):
     """Start a program, by `before`; after `seconds` timeout(1) kills it and its group. `data`, of
     less than a pipe's 64 KiB, is its stdin."""
-    # -k: when this server's death ends timeout by TERM (--pdeathsig), a second later it kills, too.
+    # -k: when this server dies, timeout gets TERM (--pdeathsig), passes it on, and kills 1 s later.
     process = Popen([*before, "timeout", "-k", "1", "-s", "KILL", str(seconds), *words], cwd="/",
                     stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True)
     with suppress(OSError), process.stdin as pipe:
@@ -1363,9 +1375,10 @@ def run(*words, accept=0, seconds=PROGRAM_TIME, data=b"", shown=""):
     return status, output
 
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
-# A door's end is Door.until: open_timeout from when it was opened. It is kept by the kernel, where
-# the rule says {until} (xt_time) or the command {seconds} (nft's timeout), whoever is dead; and by
-# `close_ended` while the server runs. Where neither is said, nobody else keeps it.
+# A door ends open_timeout after it was opened. The kernel ends it, whoever is dead, where the rule
+# says {until} (xt_time) or the command {seconds} (nft's timeout): Door.until, by the wall clock.
+# `close_ended` ends it, too, while the server runs: Door.deadline, by a clock that nobody sets.
+# Without {until} and {seconds} nobody else does.
 # Two clients behind one address share its doors: the later end holds, and the door is the client's
 # who has that: nobody else closes it. They share UNANSWERED_MAX, too.
 # Two servers on one machine need two chains, or the second does not start (take_lock; all that have
@@ -1390,8 +1403,8 @@ class Door:
         self.net = str(ipaddress.ip_network(f"{ip}/{24 if self.family == 4 else 64}", strict=False))
         self.source = self.net if "{net}" in templates[self.protocol] else ip  # who may come in
         self.key = self.source, port
-        self.deadline = monotonic() + seconds if seconds else None  # when this server closes it
-        self.until = time.time() + seconds if seconds else LAST_SECOND  # for people and the kernel
+        self.deadline = monotonic() + seconds if seconds else None  # for `close_ended`
+        self.until = time.time() + seconds if seconds else LAST_SECOND  # for the kernel and people
 
     def __str__(self):
         return f"{self.protocol}/{self.number}"
@@ -1506,15 +1519,15 @@ class Iptables:
 
     def linking_lines(self, family, rules, limit=""):
         """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
-        behind it to what drops all but the public ports, until a limit at which the kernel ends
-        that. (-I puts in front: the last line is the first rule.)"""
+        behind it to what drops all but the public ports. limit: words by which the kernel ends the
+        latter, during a trial. (-I puts in front: the last line is the first rule.)"""
         lines = [rule.replace("-A", "-D", 1) for rule in self.ours(rules)]
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-            # A connection from before the kernel tracked any is not established to it. So while
-            # there is a limit, TCP that is no first SYN goes on; but not at the knock's last port:
-            # the kernel would answer the client there, by RST, and end the knock.
+            # During the trial TCP connections go on that are older than the kernel's tracking: what
+            # is no first SYN is let by; but not at the knock's last port, where the kernel would
+            # answer by RST, and end the knock.
             old = [f"-p tcp -m tcp --dport {self.last_port} -j DROP",
                    "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",
@@ -1528,7 +1541,7 @@ class Iptables:
         now = time.strftime("%FT%T", time.gmtime())
         for rule in rules:
             trial = re.search(rf"--datestop (\S+) -j {self.hiding_chain}$", rule)  # of `hide`
-            if rule == f"-A INPUT -j {self.hiding_chain}" or trial and now < trial[1]:
+            if rule == f"-A INPUT -j {self.hiding_chain}" or (trial and now < trial[1]):
                 return True
         return "-P INPUT DROP" in rules or rules[-1].startswith(("-A INPUT -j DROP",
                                                                  "-A INPUT -j REJECT"))
@@ -1538,10 +1551,10 @@ class Iptables:
         hidden, where no door could be made for IPv4. IPv6 is hidden without doors, too."""
         self.try_rules(4)
         for family, program in IPTABLES.items():
-            hidden = self.public_ports is None  # as far as it is to be
+            linked = False
             try:
                 rules = self.put_back(family, anew=True)
-                hidden = True
+                linked = True
                 if family == 6:
                     self.try_rules(6)
                 if doubts := self.doubts(family, rules):
@@ -1550,8 +1563,10 @@ class Iptables:
                 if family == 4:
                     raise
                 self.families.discard(family)
-                log(f"No doors for IPv6{'' if hidden else ', and nothing of it is hidden'}: "
-                    f"{fault}")
+                if linked or self.public_ports is None:
+                    log(f"No doors for IPv6: {fault}")
+                else:
+                    log(f"No doors for IPv6, and nothing of it is hidden: {fault}")
         if not all("{until}" in template for template in self.templates.values()):
             log("This server ends doors, not the kernel: kill -9 leaves them open.")
 
@@ -1569,7 +1584,7 @@ class Iptables:
                                     f"{output.strip()[:200]}")
 
     def takes(self, door):
-        """Add a door's rule -> whether that is possible, or would be without another program's
+        """Add a door's rule -> False where it is refused. True also where another program has the
         lock. (By its words: the exit status for that is also the one for a kernel's refusal.)"""
         status, output = query(*self.words("-A", door))
         return status == 0 or "xtables lock" in output
@@ -1586,7 +1601,7 @@ class Iptables:
                     log("iptables refuses a rule with a time limit: no xt_time here?")
                     for protocol, template in self.templates.items():
                         self.templates[protocol] = template.replace(TIME_LIMIT, "")
-                run(*self.words("-A", door))
+                run(*self.words("-A", door))  # adds it, or raises Fault
             query(*self.words("-D", door))
 
     def words(self, action, door, limit=TIME_LIMIT):
@@ -1662,8 +1677,9 @@ class Commands:
         return ""
 
     def close(self, door):
-        # Where the firewall ends doors, one may be gone, and that this fails is no fault, as nft's
-        # does then; that it does not run to its end is: 124 and above are timeout(1)'s.
+        # Where the firewall ends doors, this one may be gone already: then close_command fails, as
+        # nft does, and that is no fault. From 124 on it was timeout(1) that could not start it, or
+        # killed it, and that is one.
         accept = 123 if self.firewall_ends_doors else 0
         status, output = run(*door.fill(self.closing), accept=accept)
         if status:
@@ -1812,22 +1828,21 @@ def take_lock(name):
     return lock
 
 # ---- monitor: requests in, policy, doors and commands --------------------------------------------
-# What ends what           doors                         commands, listener     what is hidden
-#   SIGTERM, INT, HUP      closed: `stop`                killed by setpriv's    stays
-#   SIGKILL of this        at their time, by the kernel    --pdeathsig          stays
-#                          (open_command: as it says).
-#                          A door without an end there:
-#                          at the next start; such a one
-#                          of open_command: never
-#   the listener's death   closed: `stop`; exit 70, at   the same               stays
-#                            a start also 69 or 78
-#   a reboot               gone                          gone                   again, if it starts
-# Connections that are there go on. A client that is taken out of the config is refused from its
-# next request on; its doors stay to their end. A full disk ends nothing: nothing is written for a
-# knock; log lines may be lost. A flush of the firewall opens what is hidden until the next request.
-# The kernel looks at the wall clock: where that is set back, its doors end later. After a SIGKILL
-# systemd starts the server again, in 5 s, and a start closes what iptables has of doors. gpg-agent
-# ends with the service; where the server was started by hand, when its keyring is removed.
+# What happens             to doors                   to commands, listener   to what is hidden
+#   SIGTERM, INT, HUP      closed: `stop`             killed: setpriv's       stays
+#   SIGKILL of this        see below                    --pdeathsig           stays
+#   the listener's death   closed: `stop`; exit 70    the same                stays
+#                            (at a start also 69, 78)
+#   a reboot               gone                       gone                    again, if it starts
+#   a full disk            stay: a knock writes no    stay; log lines may     stays
+#                            file                       be lost
+# After a SIGKILL a door with {until} or {seconds} in its rule or command is closed by the kernel at
+# its time (by the wall clock: later where that is set back); without these by the next start, or,
+# if it is of an open_command, by nobody. systemd starts a server again, in 5 s, that ended by a
+# signal or a fault, other than 69 and 78. Connections that are there always go on. A client that is
+# taken out of the config is refused from its next request on; its doors stay to their end. A flush
+# of the firewall opens what is hidden until the next request. gpg-agent ends with the service;
+# where the server was started by hand, when its keyring is removed.
 COMMANDS_MAX = 16  # at once
 DOORS_MAX = 100  # of a client, from all its addresses
 REQUEST_MAX = 100  # words of a request, which for want of CAPACITY has fewer
@@ -1880,8 +1895,10 @@ class Monitor:
             try:
                 config = Config(self.config.path, root=True)
                 server = config.ini["server"]
-                if server and "public_ports" not in server:  # empty: of no whole file
-                    self.firewall.public_ports = None  # `hide --undo` ran: do not hide again
+                # `hide --undo` takes it out: never hide again then, whatever else is faulty. (A
+                # file that is empty or half written has no [server], and says nothing.)
+                if server and "public_ports" not in server:
+                    self.firewall.public_ports = None
                 config.require("server")
                 self.config = config
                 self.firewall.public_ports = config.get("public_ports", default=None)
@@ -1899,7 +1916,7 @@ class Monitor:
         `forbidden`, what is not permitted; DOORS_MAX and COMMANDS_MAX, more than so many. Raises
         Fault: the server ends."""
         try:
-            (kind, content), = json.loads(data).items()
+            [(kind, content)] = json.loads(data).items()
             if kind == "request" and self.is_ready:
                 knock_id, signer, command, sender = content
                 knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
@@ -1911,10 +1928,11 @@ class Monitor:
             elif kind == "fault":
                 code, words = content
                 words = printable(words[:1000])
-            elif kind != "ready" or self.is_ready:
+            elif kind != "ready" or self.is_ready:  # a second one, or a request before it, too
                 raise ValueError
         except Exception:  # whatever it is
-            return log("a malformed message: the listener may be taken over: stop it, look")
+            log("a malformed message: the listener may be taken over: stop it, look")
+            return
         if kind == "request":
             self.decide(knock_id, signer, command, ip)
         elif kind == "log":
@@ -1982,7 +2000,7 @@ class Monitor:
         if known := self.doors.get(door.key):
             if known.user != door.user and known.until > door.until:
                 door = known  # who shares an address shares its doors: the later end holds
-            self.close(known)
+            self.close(known)  # and is opened anew: its rule may have been flushed
         owned = [other for other in self.doors.values() if other.user == door.user]
         if len(owned) >= DOORS_MAX:
             self.close(owned[0])  # the oldest
@@ -2111,7 +2129,7 @@ def filter_lines(ports):
         (LOAD_WORD, VLAN_TAG, 0, 0), (AND, 0xFFF, 0, 0),
         *unless(EQUAL, 0, DROP),  # the VLAN's own interface delivers it again
         (LOAD_LENGTH, 0, 0, 0), *unless(AT_LEAST, LEAST, DROP), *when(GREATER, MOST, DROP),
-        (SET_X, 40, 0, 0),  # X: the length of the IP header, here IPv6's
+        (SET_X, 40, 0, 0),  # X: the length of the IP header, here IPv6's; or, of another version:
         (LOAD_BYTE, 0, 0, 0), *unless(AT_LEAST, 0x60, (SET_X_TO_IPV4_LENGTH, 0, 0, 0)),
         (LOAD_HALF_AT_X, 2, 0, 0),  # the destination port
     ]
@@ -2141,8 +2159,7 @@ def packet_socket(ports):
         log("The receive buffer is as small as this container has it: a flood may drown knocks.")
     # socket.bind cannot: it wants an interface, and 0 is all of them. struct sockaddr_ll(packet(7))
     address = struct.pack("HHi12x", socket.AF_PACKET, socket.htons(ETH_P_ALL), 0)
-    if LIBC.bind(packets.fileno(), address, len(address)):
-        raise OSError(ctypes.get_errno(), "the packet socket cannot be bound")
+    succeed(LIBC.bind(packets.fileno(), address, len(address)))
     return packets
 
 # linux/capability.h: what the server's parts need; a container may have less.
@@ -2191,15 +2208,16 @@ def cmd_server(options):
 #   /run/tariq-CHAIN-*.lock       root's, 0600 *    server, hide, check: empty, never removed
 #   what is in ~/.config/tariq    yours, 0600       keygen, join (* gpg, its keyring in there)
 # enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
-# so it goes by ssh. They take one public key, not of the future; join: that of `server_key`.
+# so it goes by ssh. They take one public key, which is not dated in the future; join, only that of
+# the profile's server_key.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
 PROGRAM = "/usr/local/bin/tariq.py"
 UNIT_PATH = "/etc/systemd/system/tariq.service"
 # The capabilities: the packet socket; iptables, the receive buffer; for setpriv to become the
-# keyring's owner; to end listener and commands. Before the network is up the machine is hidden,
-# after the firewalls that flush at their start. No default dependencies, as firewalls have none:
-# sysinit.target comes after the network on some clouds' machines. No PrivateDevices: systemd 252
-# wants room on the disk for it, and on a full one nobody would get in.
+# keyring's owner; to end commands that became another user. Before the network is up the machine is
+# hidden, after the firewalls that flush at their start. No default dependencies, as firewalls have
+# none: sysinit.target comes after the network on some clouds' machines. No PrivateDevices: systemd
+# 252 wants room on the disk for it, and on a full one nobody would get in.
 UNIT = f"""\
 [Unit]
 Description=Tariq, hidden services behind a knock
@@ -2249,14 +2267,14 @@ WantedBy=multi-user.target
 """
 
 def locked_directory(path):
-    """Make a config's directory, set the umask -> the directory, and its lock: a descriptor, which
-    this process holds until it closes it, or ends."""
+    """Make a config's directory, set the umask -> the directory's lock: a descriptor, which this
+    process holds until it closes it, or ends."""
     directory = os.path.dirname(path)
     os.makedirs(directory, 0o711, exist_ok=True)  # a keyring's owner passes through
     os.umask(0o077)  # what comes into it is private
     lock = os.open(directory, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return directory, lock
+    return lock
 
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
@@ -2275,14 +2293,17 @@ def write_file(path, text, mode=0o600):
 
 def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
-    _, lock = locked_directory(path)
+    lock = locked_directory(path)
     try:
         text = Config(path, root=True).text.rstrip() + "\n"
-        start = re.search(r"(?m)^[ \t]*\[server\].*\n", text).end()
+        header = re.search(r"(?m)^[ \t]*\[server\].*\n", text)
+        if not header:
+            raise Fault(CONFIG, f"{path} has no [server].")
+        start = header.end()
         following = re.search(r"(?m)^[ \t]*\[", text[start:])  # the next section
         end = start + following.start() if following else len(text)
         # With the lines in which its value goes on, which are indented more.
-        section = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\1[ \t]+\S.*\n)*", "",
+        section = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\s*\1[ \t]+\S.*\n)*", "",
                          text[start:end])
         if ports is not None:
             indent = re.search(r"(?m)^([ \t]*)[^\s#;]", section)[1]  # of the first key
@@ -2342,9 +2363,9 @@ def cmd_init(options):
     if needed:
         raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
                              f"--no-install-recommends {' '.join(sorted(needed))}")
-    directory, _ = locked_directory(options.config)
+    locked_directory(options.config)
     name = socket.gethostname()
-    home = f"{directory}/.server-gpg"
+    home = os.path.dirname(options.config) + "/.server-gpg"
     if query("id", "tariq")[0]:
         run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", "tariq")
     owner = pwd.getpwnam("tariq")
@@ -2375,7 +2396,8 @@ def check_iptables(firewall, faults):
             doubts = firewall.doubts(family, firewall.rules(family))
             log(f"{program}: {doubts or 'INPUT leads to the doors, and drops the rest'}.")
         except Fault as fault:
-            (log if family == 6 else faults.append)(str(fault))
+            say = faults.append if family == 4 else log
+            say(str(fault))
     listening, public = listening_ports(), firewall.public_ports
     if public is None:
         log(f"INPUT's own rules say who reaches what listens: {' '.join(listening) or 'nothing'}.")
@@ -2410,7 +2432,8 @@ def cmd_check(options):
             if section == "server" and key:
                 # To ask gpg for the secret key would start gpg-agent outside the service.
                 files = [f"{home}/private-keys-v1.d/{grip}.key" for grip in key["grips"]]
-                key = key if any(map(os.path.exists, files)) else None
+                if not any(map(os.path.exists, files)):
+                    key = None
             if trouble := trouble_with(key, "E" if section == "server" else "S", home):
                 faults.append(f"The key of [{section}] {trouble}.")
             else:
@@ -2445,16 +2468,18 @@ def cmd_keygen(options):
 
         tariq.py keygen me@laptop > me.key"""
     parse("user", options.user)
-    directory, _ = locked_directory(options.config)
     path = options.config
+    locked_directory(path)
     if not os.path.exists(path):
-        write_file(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {directory}/gpg\n")
+        home = os.path.dirname(path) + "/gpg"
+        write_file(path, f"[client]\nuser = {options.user}\nclient_gpg_dir = {home}\n")
     home = Config(path).get("client_gpg_dir", ["client"])
     os.makedirs(home, exist_ok=True)
     known = find_key(home, "--list-secret-keys", exactly(options.user))
     key = known["fpr"] if known else make_key(home, options.user)
-    state = known and trouble_with(known, "S", home) or f"is {key}"
-    log(f"The key of {options.user} {state}. Knocks are signed by that of `user` in {path}.")
+    trouble = trouble_with(known, "S", home) if known else ""
+    log(f"The key of {options.user} {trouble or f'is {key}'}. Knocks are signed by that of `user` "
+        f"in {path}.")
     os.write(1, gpg(home, "--armor", "--export", key)[0])
 
 def cmd_enroll(options):

@@ -1972,7 +1972,8 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(live):
             (dict(options=["-g", "/nonexistent"]), 69, "no keyring /nonexistent"),
             (dict(options=["--transport", "pigeon"]), 64, "pigeon"),
             (dict(conf=live.me.parent / "none.conf"), 78, "none.conf"),
-            (dict(conf=loose), 78, "chmod 600"), (dict(conf=unreadable), 78, "cannot be read: Permission denied"),
+            (dict(conf=loose), 78, "chmod 600"),
+            (dict(conf=unreadable), 78, "cannot be read: Permission denied"),
             (dict(where="unknown.example.com"), 78, "unknown.example.com is not in"),
             (dict(options=["--transport", "crafted"]), 71, "root")):
         fails(live, code, text, **how)
@@ -5277,9 +5278,19 @@ def test_undo_needs_neither_a_faultless_config_nor_a_server(bare):
     assert not any(jumps(bare)) and "public_ports" not in bare.conf.read_text()
     assert gets_in(bare) and gets_in(bare, "box6")
 
+def test_undo_opens_also_where_the_config_has_no_server(bare):
+    hide_at_start(bare)
+    bare.tariq.stop()
+    edit(bare.conf, ("[server]\n", "[srever]\n"))
+    done = hide(bare, "--undo")
+    line = f"tariq: {bare.conf} has no [server].\n"
+    assert done.returncode == 78 and done.stderr.endswith(line), done
+    assert not any(jumps(bare)) and gets_in(bare) and gets_in(bare, "box6")
+
 @pytest.mark.parametrize("written", [
     "Public_Ports = 22/tcp\n", "public_ports = 22/tcp,\n    80/tcp\n", "public_ports=none # all\n",
-    "public_ports\t= 22/tcp\n", "  public_ports = none\n"])
+    "public_ports\t= 22/tcp\n", "  public_ports = none\n",
+    "public_ports = 22/tcp,\n\n    80/tcp\n    # and\n\n  443/tcp\n"])
 def test_undo_takes_the_key_out_however_it_is_written(bare, written):
     text = bare.conf.read_text()
     write(bare.conf, text.replace("[server]\n", f"[server]\n{written}"))
