@@ -200,8 +200,8 @@ FOLDER = (".*", "one line", os.path.expanduser)
 KEY = ("[0-9A-Fa-f]{40}", "a key's fingerprint: 40 hexadecimal digits without spaces", str.upper)
 RULE = (".+", "a rule of iptables: -A CHAIN, -s {ip} or -s {net} (which is right for both "
         "families), and {dport}; its end, if any, is {until}", rule_of)
-COMMAND = (".+", "a command with {dport}, and {ip} or (not {ip}/24, for both families) {net}",
-           template_of)
+COMMAND = (".+", "a command with {dport}, and with {ip} or {net} (not {ip}/24: {net} is the "
+           "network around the address, in both families)", template_of)
 SYNTAX = {
     "secret_ports": (r"[1-9]\d{0,4}( *, *[1-9]\d{0,4}){4,31}",
                      "5 to 32 different ports with commas between them", secret_ports_of),
@@ -238,14 +238,17 @@ def stamp_of(status):
 
 class Config:
     """One INI file, which may hold a secret, read whole. A fault in a section is kept, and raised
-    to who needs that section (`require`). Raises Fault for what is no INI file.
+    to who needs that section (`require`). What is no INI file, unreadable, or open to others, is a
+    fault in [server] where root reads it, as `hide --undo` needs no more; else it raises Fault.
 
-    A bad edit of a server's: no INI, unreadable, or a fault in [server]: while the server runs, the
-    last whole one holds, with the clients it had, and the log says so (Monitor.policy; but from a
-    [server] that has lost its public_ports on, nothing is hidden again after a flush). At a start:
-    exit 78 before anything is touched: after a reboot the machine is not hidden, so that whoever
-    mends it gets in; at a restart what is hidden stays so, without a door (so `check` first). A
-    fault in one [allow NAME]: that client is refused, nobody else."""
+    What a bad edit of a server's config does:
+    - a fault in one [allow NAME]: that client is refused, and nobody else is;
+    - a fault in [server], while the server runs: the last whole config holds, with the clients it
+      had, and the log says so. (One exception: if [server] has no public_ports any more, a flush of
+      what hides is not repaired. See Monitor.policy.)
+    - the same at a boot: exit 78, and nothing is hidden, so that whoever mends it gets in;
+    - the same at a restart: exit 78, what is hidden stays so, and there is no door. `check` says it
+      before."""
 
     def __init__(self, path, root=False):
         self.path = path
@@ -254,23 +257,29 @@ class Config:
         if not os.path.exists(path):
             raise Fault(CONFIG, f"There is no config {path} yet: tariq.py keygen YOU@LAPTOP makes "
                                 "a client's, and sudo tariq.py init a server's.")
+        self.text, self.stamp, wrong = "", None, ""
         try:
             with open(path, encoding="utf-8-sig") as file:
                 status = os.fstat(file.fileno())
+                self.stamp = stamp_of(status)
                 self.text = file.read()
             self.ini.read_string(self.text)
+            if status.st_mode & 0o077 or (root and status.st_uid):
+                wrong = ("is open to others: chmod 600 it (and, if root's commands read it, chown "
+                         "root it).")
         except OSError as error:
-            raise Fault(CONFIG, f"{path} cannot be read: {error.strerror}.")
+            wrong = f"cannot be read: {error.strerror}."
         except (ValueError, configparser.Error):  # which quotes the line: perhaps the secret
-            raise Fault(CONFIG, f"{path} is no INI file: it needs [section] or key = value in each "
-                                "line, and every section and key once.")
-        self.stamp = stamp_of(status)
-        if status.st_mode & 0o077 or (root and status.st_uid):
-            raise Fault(CONFIG, f"{path} is open to others: chmod 600 it (and, if root's commands "
-                                "read it, chown root it).")
-        self.values = {}  # section: {key: value}
+            wrong = ("is no INI file: it needs [section] or key = value in each line, and every "
+                     "section and key once.")
+        self.values = {"server": {}} if root else {}  # section: {key: value}
         self.faults = {}  # section: [line, ...]
-        if root and not self.ini.has_section("server"):
+        if wrong:
+            if not root:
+                raise Fault(CONFIG, f"{path} {wrong}")
+            self.ini.clear()
+            self.faults["server"] = [f"{path} {wrong}"]
+        elif root and not self.ini.has_section("server"):
             self.ini.add_section("server")  # in which all is missing
         for name in self.ini.sections():
             self.parse_section(name)
@@ -325,8 +334,8 @@ class Config:
 GPG = ["gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "2",
        "--no-auto-check-trustdb", "--no-random-seed-file",
        "--trust-model", "always",  # whom to trust, [allow] says
-       # A key made a minute from now, by the other machine's clock, is one. Tariq looks at the
-       # times of signatures and of new keys itself: SIGNED_WITHIN, CLOCK_SKEW.
+       # gpg would refuse a key or signature from a clock that is a few seconds ahead. Tariq looks
+       # at these times itself: SIGNED_WITHIN, CLOCK_SKEW.
        "--ignore-time-conflict", "--ignore-valid-from"]
 NO_LOCKS = "--lock-never"  # for what only reads a keyring: a full disk does not matter to it
 CLOCK_SKEW = 60  # seconds that a client's clock may differ from the server's
@@ -557,7 +566,7 @@ def extract(png):
 # ---- wire: data in, frames that look random out, and back ----------------------------------------
 TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
 HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
-FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it (in a crafted SYN 1196)
+FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, has room for it behind the longest headers
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 PIECE_MAX = FRAME_MAX - HEAD - 1 - ID  # bytes of a seal in a fragment
 # Bytes of a packet that may hold a frame. Least: headers of IPv4, 20, and UDP, 8; HEAD, a position,
@@ -589,6 +598,7 @@ def unframe(key, label, payload, least):
     return int.from_bytes(plain[:STAMP], "big"), plain[STAMP:]
 
 # The messages of an exchange (README, The exchange): what makes and what reads each, side by side.
+# (Of a result the monitor makes what is in it, and the listener, which has k', the frame.)
 Challenge = namedtuple("Challenge", "nonce patience seen")
 Result = namedtuple("Result", "done status text")
 
@@ -650,7 +660,7 @@ Packet = namedtuple("Packet", "sender own port own_port tcp payload link")
 def split(packet, link):
     """Anybody's bytes, an IP packet (RFC 791, 8200, 9293) or not -> Packet. Padded to LEAST, so
     that no index below can fail: the highest is 72, in TCP's header behind 60 bytes of IPv4's. What
-    a padded one has for a payload is no frame: its tag does not fit."""
+    is not UDP is taken for TCP, whatever it is: it is no frame then, as its tag does not fit."""
     packet = packet.ljust(LEAST)
     if packet[0] >> 4 == 4:
         at, protocol, sender, own = (packet[0] & 15) * 4, packet[9], packet[12:16], packet[16:20]
@@ -798,8 +808,8 @@ class Exchange:
     its own, and saw the knock come from `seen`. By a result (without a challenge, too, as nobody
     else could make one): that the server did what it says. That somebody relays the knock shows
     only where this machine's own address is public, or `address` was given for this route's family:
-    behind NAT without that, any `seen` is taken. One challenge is answered, and no other one: a
-    server that forgot its own has been restarted, and would act twice."""
+    behind NAT without that, any `seen` is taken. Only the first challenge is answered: another one
+    says that the server was restarted, and has forgotten the first; it may have acted already."""
 
     def __init__(self, client, route):
         self.client, self.route = client, route
@@ -900,7 +910,7 @@ class Client:
         turns = itertools.cycle(ways)
         sockets = {}  # socket: the way that it is of
         # Until the first challenge: each way in turn. From then on: that exchange by that
-        # transport, with a new end; and an answer to that challenge alone.
+        # transport, the time begins anew, and that challenge alone is answered.
         challenged = None  # that exchange, and its challenge's nonce
         trouble = ""
         exchanges[0].seal()  # before the time runs
@@ -967,7 +977,7 @@ def report(client, result):
                     f"{client.host} says: {text.decode(errors='replace')}")
     if client.command[0] != "E":  # whose output is passed on as it is, as by ssh
         words = printable(text.decode(errors="replace"))  # opened tcp/22 for ADDRESS until...
-        text = words.replace(" for ", f" on {client.host} for ", 1).encode() + b"\n"
+        text = words.replace(" for ", f" on {client.host} for ").encode() + b"\n"
     os.write(1, text)
     return result.status
 
@@ -1008,11 +1018,12 @@ def cmd_knock(options):
 #   who has the secret, but no key:
 #            SEEN_MAX nonces: two minutes of 500 frames/s     the oldest is forgotten
 #            KNOCKS_MAX incomplete knocks, 38 KiB each        the oldest is dropped
-#            KNOCKS_MAX complete ones, a thread each          a new one is dropped: the client's
-#            UNANSWERED_MAX of these from one address           repeat asks again
-#            ANSWER_TIME and REPEAT_TIME of a knock           it ends
-#            GPG_SLOTS of gpg, UNSEAL_TIME each; GPG_WAIT     the knock is refused, and logged: so
-#                                                             at most some 300 log lines a second
+#            KNOCKS_MAX complete ones, a thread each          a new one waits for its repeat
+#            UNANSWERED_MAX of these from one address (/64)   the same
+#            ANSWER_TIME of a knock; REPEAT_TIME of a result  it ends
+#            GPG_SLOTS of gpg, UNSEAL_TIME each               it waits GPG_WAIT, then is refused
+#            log lines: one a knock that gpg refuses          4 slots, 15 ms: some 300 a second
+#            (together: 4 slow seals keep all other knocks waiting)
 #   an enrolled client: as above, a log line for each request and rule, one request at a time, and
 #            DOORS_MAX doors of its own                       the oldest is closed
 #            COMMANDS_MAX commands of all clients             refused
@@ -1036,11 +1047,13 @@ def cmd_knock(options):
 # address, and with the secret by fragments of his own. Whoever is on the way can drop them. None of
 # that lets anybody in. Who relays whole knocks of a client behind NAT may get in (Exchange).
 #
-# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy the secret; copy, change
+# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy K; copy, change
 # and replace what is in the server's keyring, also for the next start; ask the monitor what
 # Monitor.handle says; send any packet by its packet socket, on any interface, and receive by that
-# what its filter passes; and do what any unprivileged user can, with the network, too. It cannot be
-# root, or change the config, a rule or another user's file.
+# what its filter passes; change what gpg says to the next init, check or enroll, where it runs as
+# the same user (so compare the fingerprints that keygen and enroll print); and do what any
+# unprivileged user can, with the network, too. It cannot be root, or itself change the config, a
+# rule or another user's file.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -1150,8 +1163,8 @@ class Listener:
             if len(self.partial) > KNOCKS_MAX:
                 self.partial.popitem(last=False)
             knock.pieces.setdefault(position, piece)
-            if position == self.last:
-                knock.packet = knock.packet or packet
+            if position == self.last and not knock.packet:
+                knock.packet = packet
             if len(knock.pieces) == len(self.ports):
                 del self.partial[knock_id]
                 self.begin(knock_id, knock)
@@ -1213,7 +1226,7 @@ class Listener:
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
         with suppress(queue.Empty):  # its time is over
-            result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # longer than it takes
+            result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # enough, mostly
             end = monotonic() + REPEAT_TIME
             while piece is not None:  # the answer; then each repeat
                 self.reply(knock, frame(reply_key, b"result", result))
@@ -1279,11 +1292,11 @@ def check_unprivileged():
                           "server_gpg_dir.")
 
 def keep_to_itself():
-    """No other process of this user reads this one's memory, which has the secret, nor does a core
-    dump (prctl(2)); and what keys root's session has (keyrings(7); systemd gives a service none)
-    stay there. Raises OSError."""
+    """No other process of this user reads this one's memory, which has K, nor does a core dump
+    (prctl(2)). And it leaves root's session keyring (keyrings(7)), so that nothing here reads its
+    keys. Raises OSError."""
     succeed(LIBC.prctl(PR_SET_DUMPABLE, 0))
-    with suppress(OSError):  # the library is missing: there are no such keys either, mostly
+    with suppress(OSError):  # without that library there are rarely such keys
         ctypes.CDLL("libkeyutils.so.1").keyctl_join_session_keyring(None)
 
 def cmd_listener(descriptors):
@@ -1310,17 +1323,17 @@ def cmd_listener(descriptors):
 
 # ---- programs: every one that root starts. AS ROOT, like all that follows ------------------------
 # No shell. Environment: PATH alone (of the listener HOME=/ alone; of gpg LC_ALL and GPG_TTY, too).
-# timeout(1) starts all but gpg and the listener; setpriv(1) starts these, gpgconf and E. Neither
-# reads an option behind the program's name. In the service: the unit's sandbox.
-#   program                                 by             as               time      output
-#   iptables, ip6tables, -restore, -legacy  run, query, .. root             15 s      OUTPUT_ROOM
-#   open_command, close_command             run            root             15 s      OUTPUT_ROOM
-#   a client's permitted command (E)        execute        root             patience  OUTPUT_ROOM
-#   ss, firewall-cmd, id, timedatectl       query          root             15 s      OUTPUT_ROOM
-#   useradd, systemctl                      run            root             15-120 s  OUTPUT_ROOM
-#   gpg, gpgconf: init, check, enroll; not  gpg, query     keyring's owner  60, 15 s  in memory
-#     for a knock: that is the listener's
-#   this file, as the listener              start_listener keyring's owner  no limit  /dev/null
+# Started by timeout(1) (t) or setpriv(1) (s) or both, which read no option behind the program's
+# name. In the service: in the unit's sandbox.
+#   program                                    by               as               time      output
+#   iptables, ip6tables, -restore, -legacy  t  Iptables         root             15 s      1 MiB
+#   open_command, close_command             t  Commands         root             15 s      1 MiB
+#   a client's permitted command (E)       st  Monitor.execute  root             patience  1 MiB
+#   ss, firewall-cmd, id, timedatectl       t  hide, check ...  root             15 s      1 MiB
+#   useradd, systemctl                      t  init             root             15-120 s  1 MiB
+#   gpg (for a knock the listener does it)  s  init, check ...  keyring's owner  60 s      no bound
+#   gpgconf                                st  make_server      keyring's owner  15 s      1 MiB
+#   this file, as the listener              s  start_listener   keyring's owner  no limit  /dev/null
 # Arguments: literal words in the call; the config's, which are the admin's; and, from others, only
 # ports (digits), addresses (as ipaddress prints them), fingerprints, {user} (a client's name, which
 # enroll checks): none of these begins with -. And E's, which can, if `forbidden` lets them.
@@ -1379,8 +1392,8 @@ def run(*words, accept=0, seconds=PROGRAM_TIME, data=b"", shown=""):
 # says {until} (xt_time) or the command {seconds} (nft's timeout): Door.until, by the wall clock.
 # `close_ended` ends it, too, while the server runs: Door.deadline, by a clock that nobody sets.
 # Without {until} and {seconds} nobody else does.
-# Two clients behind one address share its doors: the later end holds, and the door is the client's
-# who has that: nobody else closes it. They share UNANSWERED_MAX, too.
+# Two clients behind one address share its doors: the later end holds, and only the client who has
+# that closes the door. They share UNANSWERED_MAX, too.
 # Two servers on one machine need two chains, or the second does not start (take_lock; all that have
 # an open_command share a lock, so there is one of them at most). None of them should have
 # public_ports: it would drop what the other one's doors let in. Then each has doors, ports and
@@ -1489,16 +1502,17 @@ class Iptables:
         if not anew:
             if self.jumps() <= set(rules):
                 return rules
-            log(f"{IPTABLES[family]}: what Tariq needs in INPUT was gone (a flush, or a reload of "
-                "the firewall?): it is put back, without doors.")
+            log(f"{IPTABLES[family]}: what Tariq needs in INPUT was not there (a flush, a reload "
+                "of the firewall, a new public_ports?): it is put back, without doors.")
         self.transact(family, [*self.empty_chain(family, rules),
                                *self.linking_lines(family, rules)])
         return self.rules(family)
 
     def empty_chain(self, family, rules):
-        """The lines that make our chain, or empty it. What is established stays so, also when INPUT
-        is hidden later: with this rule the kernel begins to track it. Where INPUT was flushed, and
-        its policy drops all, what else has to go on is added."""
+        """The lines that make our chain, or empty it. Its first rule accepts what is established,
+        and makes the kernel begin to track connections, so that a later `hide` does not cut them.
+        Where INPUT has no other rules (a flush), and its policy drops all, KEPT is added, without
+        which the machine would lose its neighbours and DHCP."""
         ours = self.ours(rules)
         others = [rule for rule in rules if rule.startswith("-A") and rule not in ours]
         flushed_and_shut = not others and "-P INPUT DROP" in rules
@@ -1525,14 +1539,15 @@ class Iptables:
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
                       for port in self.public_ports]  # RETURN: other rules of INPUT still hold
-            # During the trial TCP connections go on that are older than the kernel's tracking: what
-            # is no first SYN is let by; but not at the knock's last port, where the kernel would
-            # answer by RST, and end the knock.
-            old = [f"-p tcp -m tcp --dport {self.last_port} -j DROP",
-                   "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"] if limit else []
+            # During the trial, connections that are older than the kernel's tracking go on: all TCP
+            # but a first SYN passes. Not at the knock's last port: the kernel would answer the
+            # client there by RST, and end the knock. So these two, in this order:
+            untracked = [
+                f"-p tcp -m tcp --dport {self.last_port} -j DROP",
+                "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"] if limit else []
             lines += [f":{self.hiding_chain} - [0:0]",
                       *(f"-A {self.hiding_chain} {rule}"
-                        for rule in [*KEPT[family], *public, *old, "-j DROP"]),
+                        for rule in [*KEPT[family], *public, *untracked, "-j DROP"]),
                       f"-I INPUT {limit}-j {self.hiding_chain}"]
         return [*lines, f"-I INPUT -j {self.chain}"]
 
@@ -1543,8 +1558,8 @@ class Iptables:
             trial = re.search(rf"--datestop (\S+) -j {self.hiding_chain}$", rule)  # of `hide`
             if rule == f"-A INPUT -j {self.hiding_chain}" or (trial and now < trial[1]):
                 return True
-        return "-P INPUT DROP" in rules or rules[-1].startswith(("-A INPUT -j DROP",
-                                                                 "-A INPUT -j REJECT"))
+        return "-P INPUT DROP" in rules \
+            or re.match("-A INPUT -j (DROP|REJECT)( |$)", rules[-1]) is not None
 
     def prepare(self):
         """At the start: close every door, and link the chains. Raises Fault, before anything is
@@ -1734,13 +1749,15 @@ def cmd_hide(options):
 
 def try_hiding(config, firewall, ports):
     """Hide for a trial; for good if a connection comes in through a door -> whether one did.
-    What changes: a chain with DROP at its end, and a jump to it in INPUT (nowhere else: what Docker
-    forwards is not hidden). The jump bears its own end: after TRIAL seconds the kernel passes it
-    by, whatever became of this program, the session or the network. Only after a door has
-    let the first packet of a connection in: the line public_ports in the config, and the same jump
-    without an end. (That packet shows the way in, not that a service answered.)"""
+    What changes, in INPUT alone (what Docker forwards is not hidden): its first rule leads to the
+    doors, and its second to a chain that lets by what KEPT says and the public ports (and, during
+    the trial, TCP but first SYNs: linking_lines), and drops the rest. The second bears its own end:
+    after TRIAL seconds, by the wall clock, the kernel passes it by, whatever became of this
+    program, the session or the network. Only after a door has let the first packet of a connection
+    in: the line public_ports in the config, and that rule without an end. (That packet shows the
+    way in, not that a service answered.) `hide --undo` takes rule, chain and line out."""
     for family in IPTABLES:
-        with suppress(Fault):  # `hide` says it
+        with suppress(Fault):  # the call of hide() below raises it
             firewall.put_back(family)
     firewall.public_ports = ports
     for number in ENDING:  # they undo it, also where a background job's shell has SIGINT ignored
@@ -1828,24 +1845,25 @@ def take_lock(name):
     return lock
 
 # ---- monitor: requests in, policy, doors and commands --------------------------------------------
-# What happens             to doors                   to commands, listener   to what is hidden
-#   SIGTERM, INT, HUP      closed: `stop`             killed: setpriv's       stays
-#   SIGKILL of this        see below                    --pdeathsig           stays
-#   the listener's death   closed: `stop`; exit 70    the same                stays
-#                            (at a start also 69, 78)
-#   a reboot               gone                       gone                    again, if it starts
-#   a full disk            stay: a knock writes no    stay; log lines may     stays
-#                            file                       be lost
+# What happens              to doors                   to commands, listener    to what is hidden
+#   SIGTERM, INT, HUP       closed: `stop`             killed (--pdeathsig)     stays
+#   SIGKILL of this         as below                   killed (--pdeathsig)     stays
+#   the listener's death    closed: `stop`; exit 70,   killed (--pdeathsig)     stays
+#                           at a start also 69, 78
+#   a reboot                gone                       gone                     again, if it starts
+#   a full disk             stay (a knock writes no    stay (log lines may      stays
+#                           file)                      be lost)
 # After a SIGKILL a door with {until} or {seconds} in its rule or command is closed by the kernel at
-# its time (by the wall clock: later where that is set back); without these by the next start, or,
-# if it is of an open_command, by nobody. systemd starts a server again, in 5 s, that ended by a
-# signal or a fault, other than 69 and 78. Connections that are there always go on. A client that is
-# taken out of the config is refused from its next request on; its doors stay to their end. A flush
-# of the firewall opens what is hidden until the next request. gpg-agent ends with the service;
-# where the server was started by hand, when its keyring is removed.
+# its time (by the wall clock: later where that is set back); without these by the next start that
+# finds the config whole, or, if it is of an open_command, by nobody. systemd starts a server again,
+# in 5 s, whatever ended it, but for systemctl stop, 69 and 78. Connections that are there always go
+# on. A client that is taken out of the config is refused from its next request on; its doors stay
+# to their end. A flush of the firewall opens what is hidden until the next request. gpg-agent ends
+# with the service; where the server was started by hand, when its keyring is removed.
 COMMANDS_MAX = 16  # at once
+CLOSE_AGAIN = 5  # seconds after which a door is tried to be closed again
 DOORS_MAX = 100  # of a client, from all its addresses
-REQUEST_MAX = 100  # words of a request, which for want of CAPACITY has fewer
+REQUEST_MAX = 100  # words of a request: an image has room for fewer
 
 def forbidden(patterns, command):
     """The part of a command that no pattern of `may` permits, or ''.
@@ -1894,10 +1912,11 @@ class Monitor:
             self.config_stamp = stamp
             try:
                 config = Config(self.config.path, root=True)
-                server = config.ini["server"]
                 # `hide --undo` takes it out: never hide again then, whatever else is faulty. (A
-                # file that is empty or half written has no [server], and says nothing.)
-                if server and "public_ports" not in server:
+                # file that is empty is just being written, and says nothing.)
+                if config.text and not re.search(r"(?mi)^\s*public_ports\s*=", config.text):
+                    if self.firewall.public_ports is not None:
+                        log("public_ports is gone: what hides is not put back after a flush.")
                     self.firewall.public_ports = None
                 config.require("server")
                 self.config = config
@@ -1912,9 +1931,9 @@ class Monitor:
         """One message. The listener's word counts for who signed, and where; not for what they may.
         One that was taken over can ask for log lines (cut, and printable; any number), for one
         "ready", for this server's end ("fault"), and in any client's name and for any address for
-        what that client's `may` permits. To the rest says no: here, what is no such message;
-        `forbidden`, what is not permitted; DOORS_MAX and COMMANDS_MAX, more than so many. Raises
-        Fault: the server ends."""
+        what that client's `may` permits (more than DOORS_MAX doors push out that client's oldest).
+        To the rest says no: this function, to what is no such message; `forbidden`, to what is not
+        permitted; COMMANDS_MAX, to more commands. Raises Fault: the server ends."""
         try:
             [(kind, content)] = json.loads(data).items()
             if kind == "request" and self.is_ready:
@@ -1985,27 +2004,40 @@ class Monitor:
                 sock.sendto(b"READY=1", re.sub("^@", "\0", self.notify_socket))
 
     def move_doors(self, command, ip, user, seconds):
-        """O or C -> what was done, in words. Raises Fault."""
+        """O or C, port by port -> what is so then, in words. Raises Fault, which has these words,
+        too, where one could not be moved: the others were, all the same."""
         action, *ports = command
-        doors = [Door(ip, port, user, seconds, self.firewall.templates) for port in ports]
-        if action == "C":
-            return "; ".join(self.close_for(door) for door in doors)
-        doubts = [self.open(door) for door in doors]
-        names, last = ", ".join(map(str, doors)), self.doors[doors[-1].key]
-        doubt = f", but {doubts[-1]}" if doubts[-1] else ""
-        return f"opened {names} for {last.source} until {last.end()}{doubt}"
+        move = self.open if action == "O" else self.close_for
+        done, faults = [], []
+        for port in ports:
+            try:
+                done.append(move(Door(ip, port, user, seconds, self.firewall.templates)))
+            except Exception as error:
+                faults.append(as_fault(error))
+        if faults:
+            lines = dict.fromkeys(str(fault) for fault in faults)  # the same only once
+            raise Fault(faults[0].code, "; ".join([*done, " ".join(lines)]))
+        return "; ".join(done)
 
     def open(self, door):
-        """O, for one port -> why it may be shut all the same, in words, or ''. Raises Fault."""
+        """O, for one port -> what is so then. Raises Fault."""
+        self.policy()  # `hide --undo` may have been meanwhile: what it took out stays out
         if known := self.doors.get(door.key):
             if known.user != door.user and known.until > door.until:
                 door = known  # who shares an address shares its doors: the later end holds
-            self.close(known)  # and is opened anew: its rule may have been flushed
+            try:
+                self.close(known)  # and is opened anew: its rule may have been flushed
+            except Fault as fault:
+                if isinstance(self.firewall, Iptables):
+                    raise
+                log(f"{fault} It is opened all the same.")  # a reload has closed it already?
         owned = [other for other in self.doors.values() if other.user == door.user]
         if len(owned) >= DOORS_MAX:
             self.close(owned[0])  # the oldest
         self.doors[door.key] = door  # first: it may open, then fail
-        return self.firewall.open(door)
+        doubts = self.firewall.open(door)
+        words = f"opened {door} for {door.source} until {door.end()}"
+        return f"{words}, but {doubts}" if doubts else words
 
     def close_for(self, door):
         """C, for one port -> what is so then. Raises Fault where a door of its client's stays."""
@@ -2016,7 +2048,8 @@ class Monitor:
         if self.close(known or door):
             return f"closed {door} for {door.source}"
         for other in self.doors.values():
-            if (other.user, other.port) == (door.user, door.port):
+            # Of the same family: for the other one its client knocks once more.
+            if (other.user, other.port, other.family) == (door.user, door.port, door.family):
                 raise Fault(REFUSED, f"{door} is open for {other.source} until {other.end()}, and "
                                      f"you came from {door.ip}.")
         return f"{door} was shut already for {door.source}"
@@ -2035,7 +2068,7 @@ class Monitor:
                 self.close(door)
             except Exception as error:
                 log(f"{door} for {door.source} is not closed: {as_fault(error)} Trying again.")
-                door.deadline = monotonic() + 1
+                door.deadline = monotonic() + CLOSE_AGAIN
 
     def look_after_firewall(self):
         """Put back what a flush took of jumps and of what is kept (not doors: their clients knock
@@ -2048,16 +2081,19 @@ class Monitor:
                 self.firewall.put_back(family)
 
     def execute(self, knock_id, event, words):
-        """Start a permitted command. It ends with this server; what it starts in a session of its
-        own goes on."""
+        """Start a permitted command. It ends with this server. What it starts in a session of its
+        own goes on; not in the service, where systemd ends it."""
         if not self.command_slots.acquire(blocking=False):
             raise Fault(REFUSED, f"refused: {COMMANDS_MAX} commands run now: knock again.")
         log(f"+ {shlex.join(words)}")
+        process = None
         try:
             process = launch(words, self.settings["patience"], ["setpriv", "--pdeathsig", "TERM"])
             in_thread(self.await_command, process, knock_id, event)
         except Exception:
             self.command_slots.release()
+            if process:
+                process.terminate()  # nobody would wait for it
             raise
 
     def await_command(self, process, knock_id, event):
@@ -2077,7 +2113,8 @@ class Monitor:
         """The listener. At its first instruction it has: the ids of the keyring's owner, no group,
         no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
         root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
-        closes them). check_unprivileged ends it where a privilege is left."""
+        closes them). check_unprivileged ends it where a privilege is left. (-I and not -S: unlike
+        this process it needs packages.)"""
         packets = packet_socket(self.settings["ports"])
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -2129,7 +2166,8 @@ def filter_lines(ports):
         (LOAD_WORD, VLAN_TAG, 0, 0), (AND, 0xFFF, 0, 0),
         *unless(EQUAL, 0, DROP),  # the VLAN's own interface delivers it again
         (LOAD_LENGTH, 0, 0, 0), *unless(AT_LEAST, LEAST, DROP), *when(GREATER, MOST, DROP),
-        (SET_X, 40, 0, 0),  # X: the length of the IP header, here IPv6's; or, of another version:
+        # X, the length of the IP header: 40, IPv6's; if the first byte is below 0x60, IPv4's.
+        (SET_X, 40, 0, 0),
         (LOAD_BYTE, 0, 0, 0), *unless(AT_LEAST, 0x60, (SET_X_TO_IPV4_LENGTH, 0, 0, 0)),
         (LOAD_HALF_AT_X, 2, 0, 0),  # the destination port
     ]
@@ -2230,7 +2268,7 @@ Conflicts=shutdown.target
 [Service]
 Type=notify
 ExecStart={PROGRAM} server
-Restart=on-failure
+Restart=always
 RestartSec=5
 RestartPreventExitStatus=69 78
 KillMode=mixed
@@ -2242,7 +2280,7 @@ UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
 ProtectSystem=strict
-ReadWritePaths=/etc/tariq/.server-gpg /run
+ReadWritePaths=-/etc/tariq/.server-gpg /run
 ProtectHome=yes
 PrivateTmp=yes
 DevicePolicy=closed
@@ -2295,7 +2333,10 @@ def set_public_ports(path, ports):
     """Set public_ports in [server], or take it out (None); all else stays as it is."""
     lock = locked_directory(path)
     try:
-        text = Config(path, root=True).text.rstrip() + "\n"
+        config = Config(path, root=True)
+        if ports is not None:
+            config.require("server")
+        text = config.text.rstrip() + "\n"
         header = re.search(r"(?m)^[ \t]*\[server\].*\n", text)
         if not header:
             raise Fault(CONFIG, f"{path} has no [server].")
@@ -2350,19 +2391,24 @@ def make_server(path, home, owner, name):
     write_file(path, f"[server]\nsecret_ports = {ports}\nsecret = {secret}\n"
                      f"server_gpg_dir = {home}\nserver_key = {key}\n")
 
+def need_packages(names):
+    """Raises Fault where a program or module of these is missing. Runs nothing of them."""
+    import importlib.machinery, shutil, site
+    find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
+    needed = {PACKAGES[name] for name in names
+              if not (find_spec(name, places) if name in MODULES else shutil.which(name))}
+    if needed:
+        raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
+                             f"--no-install-recommends {' '.join(sorted(needed))}")
+
 def cmd_init(options):
     """Set up a server, as root: user, keyring, key, config and service. Run again with a newer
     tariq.py it is the upgrade; keys and config stay. Example:
 
         sudo ./tariq.py init"""
     need_root()
-    import importlib.machinery, pwd, shutil, site
-    find_spec, places = importlib.machinery.PathFinder.find_spec, site.getsitepackages()
-    needed = {PACKAGES[name] for name in PACKAGES
-              if not (find_spec(name, places) if name in MODULES else shutil.which(name))}
-    if needed:
-        raise Fault(MISSING, "First install what Tariq needs: apt-get install -y "
-                             f"--no-install-recommends {' '.join(sorted(needed))}")
+    import pwd
+    need_packages(PACKAGES)
     locked_directory(options.config)
     name = socket.gethostname()
     home = os.path.dirname(options.config) + "/.server-gpg"
@@ -2388,6 +2434,8 @@ def cmd_init(options):
         log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
             f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
+SAVED_RULES = ("/etc/iptables/rules.v4", "/etc/iptables/rules.v6", "/etc/nftables.conf")
+
 def check_iptables(firewall, faults):
     """Say what INPUT does, and what listens and is public. Adds to faults. Raises Fault."""
     for family, program in IPTABLES.items():
@@ -2404,6 +2452,11 @@ def check_iptables(firewall, faults):
     else:
         reached = [port for port in listening if port in public]
         log(f"Reached without a knock: {' '.join(reached) or 'no port that listens'}.")
+    for path in SAVED_RULES:
+        with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            if firewall.hiding_chain in file.read():
+                log(f"{path} has {firewall.hiding_chain}: after a reboot that hides this machine "
+                    "also where the server cannot start. Take it out there.")
     _, rules = query("iptables", "-t", "nat", "-S", "DOCKER")
     if published := re.findall(r"--dport (\d+) .*-j DNAT", rules):
         log(f"Docker publishes ports past INPUT, hidden or not: {' '.join(published)}.")
@@ -2421,6 +2474,7 @@ def cmd_check(options):
             return function(*arguments)
         except Exception as error:
             faults.append(str(as_fault(error)))
+    attempt(need_packages, MODULES)
     if home := config.get("server_gpg_dir", default=None):
         attempt(as_owner, home)
         if len(home.encode()) > HOME_MAX:
@@ -2606,6 +2660,11 @@ def parser_of(name):
         add_knock_arguments(add)
     return parser
 
+def seconds(text):
+    if not 0 < float(text) < 1e6:
+        raise ValueError
+    return float(text)
+
 def add_knock_arguments(add):
     add("-u", "--user", help="sign with the key of this user")
     add("-p", "--ports", help="knock at these secret_ports")
@@ -2614,7 +2673,7 @@ def add_knock_arguments(add):
     for flag, family in (("-4", socket.AF_INET), ("-6", socket.AF_INET6)):
         add(flag, dest="family", action="store_const", const=family, default=0,
             help=f"knock by IPv{flag[1]} only")
-    add("-t", "--timeout", type=float, default=10, help="give up after so many seconds (10)")
+    add("-t", "--timeout", type=seconds, default=10, help="give up after so many seconds (10)")
     add("--address", help="the address that the server should see (behind NAT), or any")
     add("--transport", nargs=1, choices=TRANSPORTS, default=["kernel", "udp"],
         help="send by this only; kernel and udp take turns otherwise")

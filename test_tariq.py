@@ -594,7 +594,8 @@ def serving(world, prefix=(), ready="listening for", program=None, **settings):
         yield server.wait_log(ready)
         if server.process.poll() is None:
             assert server.stop() == 0
-            assert world.server.rules() == world.server.rules(ip6=True) == []
+            if "open_command" not in settings:  # else what iptables has is an earlier test's
+                assert world.server.rules() == world.server.rules(ip6=True) == []
         assert "Traceback" not in server.log
     except BaseException:
         print(server.log, file=sys.stderr)
@@ -1467,7 +1468,9 @@ def test_hosts_are_names_aliases_or_literal_addresses(live):
     fails(live, NO_ANSWER, live.server.ip6, where=live.server.ip6, options=["-4"])
 
 def test_several_ports_tcp_and_udp_open_and_close_without_duplicate_rules(live):
-    assert "opened tcp/22, tcp/8022, udp/53 on box" in opens(live, "O", "22", "8022", "53/udp")
+    said = opens(live, "O", "22", "8022", "53/udp")
+    assert re.findall(r"opened (\S+) on box for \S+ until", said) \
+        == ["tcp/22", "tcp/8022", "udp/53"]
     rules = live.server.rules()
     assert len(rules) == 3 \
         and all(f"-s {live.client.ip}/32" in rule and "--datestop" in rule for rule in rules)
@@ -1964,7 +1967,9 @@ def test_every_error_of_the_client_is_one_line_with_its_own_code(live):
             "may not O 23/tcp")):
         fails(live, code, text, *words)
     for how, code, text in (
-            (dict(options=["-p", "1,2,3"]), 64, "5 to 32"), (dict(options=["-t", "x"]), 64, "-t"),
+            (dict(options=["-p", "1,2,3"]), 64, "5 to 32"),
+            *((dict(options=["-t", wrong]), 64, "-t/--timeout: invalid seconds value")
+              for wrong in ("x", "nan", "0", "inf")),
             (dict(options=["--address", "x"]), 64, "an IP address"),
             (dict(options=["-i", covers]), 65, f"no PNG image (.png) in the folder {covers}"),
             (dict(options=["-u", "who@example.com"]), 65, "Your key, who@example.com, is not in "
@@ -2322,6 +2327,18 @@ def test_a_close_command_that_fails_is_no_closed_door_where_only_this_server_end
         server.wait_log(f"tcp/22 for {idle.client.ip} is not closed: ", 2)
         write(closing, "#!/bin/sh\n", mode=0o755)
         assert "closed tcp/22" in opens(idle, "C", "22") and server.stop() == 0
+
+def test_a_door_that_a_reload_has_closed_is_opened_again_though_close_command_fails(idle):
+    """It says that there is no such door, and only this server ends doors."""
+    door = idle.lab.new("door")
+    with serving(idle, open_command=f"mkdir {door}-{{dport}}-{{ip}}",
+                 close_command=f"rmdir {door}-{{dport}}-{{ip}}") as server:
+        opens(idle)
+        shut = f"{door}-22-{idle.client.ip}"
+        os.rmdir(shut)
+        opens(idle)
+        assert os.path.isdir(shut) and "It is opened all the same." in server.log
+        assert server.stop() == 0 and not os.path.exists(shut)
 
 def test_public_ports_with_an_open_command_is_a_fault_as_nothing_would_be_hidden(idle):
     log = refused_start(idle, open_command="true {ip} {dport}", public_ports="none",
@@ -3210,6 +3227,14 @@ def test_both_families_doors_open_so_that_ssh_gets_in_by_whichever_it_takes(by_n
     assert client.connects(by_name.server.ip) and client.connects(by_name.server.ip6)
     assert opens(by_name, "C", "22", host=client).count("closed tcp/22") == 2
     assert by_name.server.rules() == by_name.server.rules(ip6=True) == []
+
+def test_a_door_of_the_second_family_alone_is_closed_by_the_name(by_name):
+    """As where the first family's knock had been lost when it was opened."""
+    client = named(by_name.client, by_name.server.ip6, by_name.server.ip)
+    opens(by_name, host=client, options=["-4"])
+    said = opens(by_name, "C", "22", host=client)
+    assert f"tcp/22 was shut already on box for {client.ip6}" in said
+    assert f"closed tcp/22 on box for {client.ip}" in said and not doors(by_name)
 
 def test_a_door_that_may_be_open_in_the_other_family_is_named_when_closing(by_name, lossy):
     """Nor is an extra door that could not be opened a reason for a line."""
@@ -4405,6 +4430,28 @@ def test_check_says_what_is_reached_without_a_knock(live):
         live.server.run(*nat, "-F", "DOCKER")
         live.server.run(*nat, "-X", "DOCKER")
 
+def test_check_names_a_file_of_saved_rules_that_would_hide_without_a_server(live):
+    rules = "*filter\n:tariq-hide - [0:0]\n-A INPUT -j tariq-hide\nCOMMIT\n"
+    saved = write(live.lab.new("saved"), rules)
+    words = f"{saved} has tariq-hide: after a reboot that hides this machine"
+    for found in (True, False):
+        program = live.lab.program(f"tariq.SAVED_RULES = ('{saved}',)\n")
+        done = live.server.run(program, "check", "-c", live.conf, check=False)
+        assert done.returncode == 0 and (words in done.stderr) == found, done
+        saved.write_text("*filter\nCOMMIT\n")
+
+@pytest.mark.parametrize("module", ["scapy", "PIL"])
+def test_check_finds_a_module_missing_without_which_no_server_starts(live, module):
+    program = live.lab.program(
+        "import importlib.machinery\n"
+        "finder = importlib.machinery.PathFinder\n"
+        "find = finder.find_spec\n"
+        f"finder.find_spec = lambda name, *more: (\n"
+        f"    None if name == '{module}' else find(name, *more))\n")
+    done = live.server.run(program, "check", "-c", live.conf, check=False)
+    assert done.returncode == CONFIG_FAULT and len(re.findall(
+        f"FAULT: First install .*{tariq.PACKAGES[module]}$", done.stderr, re.M)) == 1, done
+
 STOPS = {
     "an unknown key": {"open_timout": 60},
     "a key that is wrong": {"open_timeout": "soon"},
@@ -4650,10 +4697,26 @@ def test_a_shared_door_whose_rule_was_flushed_is_opened_again_for_who_knocks(bob
     assert opens(live, conf=bob) == end, "the later end holds"
     assert gets_in(live) and len(doors(live)) == 1
 
+def test_what_can_be_closed_is_closed_where_another_port_of_the_request_cannot(live):
+    opens(live, "O", "22", "8022")
+    other = second_client(live, "neighbour", ("O 23", "C *"))
+    opens(live, "O", "23", conf=other)
+    fails(live, REFUSED, "closed tcp/23 for", "C", "22", "23", "8022", conf=other)
+    assert len(doors(live)) == 2, "its own is shut, and those of the other client are open"
+
+def test_each_port_is_told_its_own_end_where_a_door_is_shared(live):
+    """The neighbour's door for 22 ends later, and stays."""
+    later = re.search("until (.*)", opens(live))[1]
+    other = second_client(live, "neighbour", ("O 22 23",))
+    edit(live.conf, ("[allow neighbour@example.com]\n",
+                     "[allow neighbour@example.com]\nopen_timeout = 60\n"))
+    ends = re.findall(r"opened (\S+) .*? until ([^;\n]+)", opens(live, "O", "22", "23", conf=other))
+    assert ends[0] == ("tcp/22", later) and ends[1][0] == "tcp/23" and ends[1][1] < later
+
 def test_any_port_may_be_permitted_by_a_star(idle):
     may = second_client(idle, "star", ("O *", "C *"))
     started(idle)
-    assert "opened tcp/8022, udp/53, tcp/1" in opens(idle, "O", "8022", "53/udp", "1", conf=may)
+    assert opens(idle, "O", "8022", "53/udp", "1", conf=may).count("opened ") == 3
     assert "closed tcp/8022" in opens(idle, "C", "8022", conf=may) and len(doors(idle)) == 2
     fails(idle, REFUSED, "E id", "E", "id", conf=may)
     fails(idle, 64, "", "O", "*", conf=may)  # no port to open
@@ -5270,13 +5333,24 @@ def started_again(world):
     assert world.tariq.stop() == 0
     started(world)
 
-def test_undo_needs_neither_a_faultless_config_nor_a_server(bare):
+@pytest.mark.parametrize("broken", ["an unknown key", "no INI file", "open to others"])
+@pytest.mark.parametrize("runs", [True, False])
+def test_undo_opens_for_good_whatever_became_of_the_config(bare, broken, runs):
+    """Also while a server runs, which puts back what a flush has taken."""
     hide_at_start(bare)
-    bare.tariq.stop()
-    edit(bare.conf, ("[server]\n", "[server]\nopen_timout = 60\n"))
-    assert hide(bare, "--undo").returncode == 0
-    assert not any(jumps(bare)) and "public_ports" not in bare.conf.read_text()
-    assert gets_in(bare) and gets_in(bare, "box6")
+    opens(bare, "C", "22")
+    if not runs:
+        assert bare.tariq.stop() == 0
+    edit(bare.conf, ("[server]\n", {"an unknown key": "[server]\nopen_timout = 60\n",
+                                    "no INI file": "nonsense\n[server]\nand more\n",
+                                    "open to others": "[server]\n"}[broken]))
+    bare.conf.chmod(0o644 if broken == "open to others" else 0o600)
+    done = hide(bare, "--undo")
+    assert done.returncode == 0 and "public_ports" not in bare.conf.read_text(), done
+    if runs:
+        opens(bare), opens(bare, "C", "22")
+        opens(bare, "C", "22")  # handled after that one's last step
+    assert not any(jumps(bare)) and (runs or gets_in(bare) and gets_in(bare, "box6"))
 
 def test_undo_opens_also_where_the_config_has_no_server(bare):
     hide_at_start(bare)
@@ -6159,17 +6233,21 @@ def test_the_words_for_the_way_to_the_server(live):
           "is not, somebody relays your knock.")
 
 def test_the_words_for_doors(live):
-    other, at = second_client(live, "neighbour", ("O 22", "C 22")), r"\d\d:\d\d:\d\dZ"
-    assert re.fullmatch(rf"opened tcp/22, udp/53 on box for {live.client.ip} until {at}\n",
-        opens(live, "O", "22", "53/udp"))
+    other, at = second_client(live, "neighbour", ("O 22", "C 22 23")), r"\d\d:\d\d:\d\dZ"
+    mine = rf"on box for {live.client.ip}"
+    assert re.fullmatch(rf"opened tcp/22 {mine} until {at}; opened udp/53 {mine} until {at}\n",
+                        opens(live, "O", "22", "53/udp"))
     reads(knock(live, "C", "22", conf=other), 77, f"box says: tcp/22 is open for {live.client.ip} "
         f"until *Z, by another "
           "client, who alone closes it.")
     reads(knock(live, "C", "22", host=live.other), 77, f"box says: tcp/22 is open for "
         f"{live.client.ip} until *Z, and you "
           f"came from {live.other.ip}.")
+    reads(knock(live, "C", "22", "23", conf=other), 77, f"box says: tcp/23 was shut already for "
+          f"{live.client.ip}; tcp/22 is open for {live.client.ip} until *Z, by another client, who "
+          "alone closes it.")
     assert opens(live, "C", "22", "53/udp") \
-        == f"closed tcp/22 on box for {live.client.ip}; closed udp/53 for {live.client.ip}\n"
+        == f"closed tcp/22 {mine}; closed udp/53 {mine}\n"
     assert opens(live, "C", "22") == f"tcp/22 was shut already on box for {live.client.ip}\n"
 
 def test_the_words_for_what_is_missing_on_a_machine(live):
@@ -6416,7 +6494,7 @@ def test_server_and_knock_work_in_the_units_sandbox(remote, laptop):
     privileges, a read-only system but for ReadWritePaths, no homes, a private /tmp."""
     type_enroll(remote, laptop)
     remote.shell("sudo sed -i 's/^    C 22.*/    C 22\\n    E sh */' /etc/tariq/tariq.conf")
-    writable = unit("ReadWritePaths")
+    writable = [path.removeprefix("-") for path in unit("ReadWritePaths")]  # -: it may be missing
     stay = [pattern for path in writable for pattern in (path, f"{path}/*")]
     script = f"""set -e
         for path in {' '.join(writable)}; do mount --rbind $path $path; done
