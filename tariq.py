@@ -219,7 +219,8 @@ SYNTAX = {
     "host": (r"(?!(server|client|allow|DEFAULT)$)[\w.:%-]+", "an ASCII name or address", str),
     "address": (".+", "an IP address, or any", address_of),
 }
-IN_ALLOW = ("key", "may", "open_timeout")  # the keys of a section [allow NAME]
+CLIENT = r"(?a:\w[\w.@+-]*)"  # the NAME of a section [allow NAME]
+IN_ALLOW = ("key", "may", "open_timeout")  # the keys of such a section
 ELSEWHERE = set(SYNTAX) - {"key", "may"}
 REQUIRED = object()  # as a default: there is none
 NEEDED = {"server": ("secret_ports", "secret", "server_gpg_dir", "server_key"), "allow": ("key",)}
@@ -232,19 +233,22 @@ def parse(key, text):
             return convert(text)
     raise ValueError(f"{key} has to be {need}.")
 
+AS_BYTES = "surrogateescape"  # what is not UTF-8 in a config, as in a comment, stays as it is
+
 def stamp_of(status):
     """What of a file's os.stat_result changes when the file does."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 class Config:
     """One INI file, which may hold a secret, read whole. A fault in a section is kept, and raised
-    to who needs that section (`require`). What is no INI file, unreadable, or open to others, is a
-    fault in [server] where root reads it, as `hide --undo` needs no more; else it raises Fault.
+    to who needs that section (`require`). A file that is unreadable, open to others or no INI file
+    raises Fault at once to a client. To root it is one with a fault in [server]: `hide --undo` goes
+    on with it.
 
     What a bad edit of a server's config does:
     - a fault in one [allow NAME]: that client is refused, and nobody else is;
     - a fault in [server], while the server runs: the last whole config holds, with the clients it
-      had, and the log says so. (One exception: if [server] has no public_ports any more, a flush of
+      had, and the log says so. (One exception: if the file has no public_ports any more, a flush of
       what hides is not repaired. See Monitor.policy.)
     - the same at a boot: exit 78, and nothing is hidden, so that whoever mends it gets in;
     - the same at a restart: exit 78, what is hidden stays so, and there is no door. `check` says it
@@ -259,7 +263,7 @@ class Config:
                                 "a client's, and sudo tariq.py init a server's.")
         self.text, self.stamp, wrong = "", None, ""
         try:
-            with open(path, encoding="utf-8-sig") as file:
+            with open(path, encoding="utf-8-sig", errors=AS_BYTES) as file:
                 status = os.fstat(file.fileno())
                 self.stamp = stamp_of(status)
                 self.text = file.read()
@@ -296,8 +300,9 @@ class Config:
 
     def parse_section(self, name):
         kind = name.partition(" ")[0]  # server, allow; or client, or a host's name
-        if name == "allow":
-            self.add_fault(name, "names no client: write [allow NAME].")
+        if kind == "allow" and not re.fullmatch(f"allow {CLIENT}", name):
+            self.add_fault(name, "names no client: write [allow NAME], a word of letters and "
+                                 "digits, with . _ @ + - in it.")
         values = self.values[name] = {}
         for key, text in self.ini[name].items():
             if key not in (IN_ALLOW if kind == "allow" else ELSEWHERE):
@@ -416,16 +421,16 @@ def gpg_fault(home, said):
 VALIDITY, CREATED, EXPIRES, NAME, CAN = 1, 5, 6, 9, 11
 
 def list_keys(home, *arguments, data=b""):
-    """The keys of a listing, each a dict: of the keyring's, of one that is named, or (--show-keys)
-    of `data`. A name that is not there lists none. Raises Fault."""
+    """Keys, each a dict: all of the keyring (--list-...), or one of these by its name; or those in
+    `data` (--show-keys). A name that is not there lists none. Raises Fault."""
     try:
         listing, _, _ = gpg(home, NO_LOCKS, "--with-colons", "--with-keygrip", *arguments,
                             data=data)
     except Fault as fault:
-        if fault.code != BAD_DATA or not ("--show-keys" in arguments
-                                          or re.search("No (secret|public) key", fault.detail)):
+        no_key = "--show-keys" in arguments or re.search("No (secret|public) key", fault.detail)
+        if fault.code != BAD_DATA or not no_key:
             raise
-        listing = b""  # there is no such key
+        listing = b""
     keys = []
     for line in listing.decode(errors="replace").split("\n"):
         fields = line.split(":")
@@ -478,7 +483,7 @@ def seal(home, data, signer, recipient):
 # For whom: only `own` is tried as a hidden recipient's key. And the signed request has to name it
 # in "to" (Listener.dialogue), as whoever can decrypt a seal can encrypt it to somebody else.
 PROOFS = ("PLAINTEXT", "DECRYPTION_OKAY", "NEWSIG", "GOODSIG", "VALIDSIG")
-# No keyword may match this: BADSIG, ERRSIG, EXPKEYSIG, REVKEYSIG, NO_PUBKEY, NODATA, FAILURE do.
+# It does not count if any keyword matches this, as BADSIG, ERRSIG, EXPKEYSIG, NO_PUBKEY, FAILURE.
 TROUBLE = "(NO_|NODATA|BAD|ERR|EXP|REV|FAIL).*|.*_FAILED"
 
 def unseal(home, sealed, own):
@@ -566,7 +571,7 @@ def extract(png):
 # ---- wire: data in, frames that look random out, and back ----------------------------------------
 TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
 HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
-FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, has room for it behind the longest headers
+FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it; in a SYN, with options, 1180
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 PIECE_MAX = FRAME_MAX - HEAD - 1 - ID  # bytes of a seal in a fragment
 # Bytes of a packet that may hold a frame. Least: headers of IPv4, 20, and UDP, 8; HEAD, a position,
@@ -674,8 +679,8 @@ def split(packet, link):
     return Packet(sender, own, port, own_port, tcp, packet[start:], link)
 
 def ip_layers():
-    """scapy's modules for IPv4 and IPv6; never scapy.all. It would load the package cryptography,
-    too, for what is not used here: that takes 36 ms and 6 MB, and is code less in the listener."""
+    """scapy's modules for IPv4 and IPv6; never scapy.all. They would load `cryptography`, which is
+    not used here: 36 ms, 6 MB, and more code in the listener."""
     sys.modules.setdefault("cryptography", None)  # None: an import of it fails, which scapy expects
     from scapy.layers import inet, inet6
     return inet, inet6
@@ -833,10 +838,10 @@ class Exchange:
         own, seen, wanted = self.route.own, challenge.seen, self.client.address
         if wanted == "any":
             right = True
+        # `address` counts if it is of the family that either end sees (by NAT64 they differ).
         elif wanted and (same_family(wanted, own) or same_family(wanted, seen)):
-            # By NAT64 the two differ.
             right = seen == wanted
-        else:  # nothing is said of this family. A private address: NAT shows another
+        else:  # of a private address NAT shows another
             right = seen == own or not is_public(own)
         if not right:
             raise Fault(RELAYED, f"The server sees {seen}, and this machine is {wanted or own}: "
@@ -903,15 +908,14 @@ class Client:
                         fault.detail)
 
     def knock(self, routes, transports, seconds):
-        """Knock by each route and transport in turn; once one is challenged, by that one only;
-        until there is a result -> (Exchange, transport, Result). Raises Fault."""
+        """Knock by each route and transport in turn; once one is challenged, by that one only, and
+        the time begins anew; until there is a result -> (Exchange, transport, Result). Raises
+        Fault."""
         exchanges = [Exchange(self, route) for route in routes]
         ways = [(exchange, transport) for transport in transports for exchange in exchanges]
         turns = itertools.cycle(ways)
         sockets = {}  # socket: the way that it is of
-        # Until the first challenge: each way in turn. From then on: that exchange by that
-        # transport, the time begins anew, and that challenge alone is answered.
-        challenged = None  # that exchange, and its challenge's nonce
+        challenged = None  # the exchange that was challenged first, and its challenge's nonce
         trouble = ""
         exchanges[0].seal()  # before the time runs
         began, wait = monotonic(), FIRST_WAIT
@@ -1002,7 +1006,10 @@ def cmd_knock(options):
     if others and options.action != "E":
         try:
             _, _, result = client.knock(others, [transport], 3 * client.took)
-            status, fault = report(client, result), None
+            status = report(client, result)
+            if fault and options.action == "O":  # by one family one gets in
+                log(f"tariq: not opened for {exchange.route.address}: {fault}")
+                fault = None
         except Fault as error:  # no matter, but for a relay, and for what may still be open
             if options.action == "C" or error.code == RELAYED:
                 done = "closed" if options.action == "C" else "opened"
@@ -1020,40 +1027,44 @@ def cmd_knock(options):
 #            KNOCKS_MAX incomplete knocks, 38 KiB each        the oldest is dropped
 #            KNOCKS_MAX complete ones, a thread each          a new one waits for its repeat
 #            UNANSWERED_MAX of these from one address (/64)   the same
-#            ANSWER_TIME of a knock; REPEAT_TIME of a result  it ends
 #            GPG_SLOTS of gpg, UNSEAL_TIME each               it waits GPG_WAIT, then is refused
+#            ANSWER_TIME of a challenge                       the knock ends
 #            log lines: one a knock that gpg refuses          4 slots, 15 ms: some 300 a second
-#            (together: 4 slow seals keep all other knocks waiting)
-#   an enrolled client: as above, a log line for each request and rule, one request at a time, and
+#   an enrolled client, too:
+#            REPEAT_TIME of a result                          the knock ends
+#            one request at a time, of some 50 ports; 15 s    the others wait, a result's time is
+#              for each program that iptables takes             over after patience + ANSWER_TIME
+#            log lines: one a request, and one a rule         (no bound)
 #            DOORS_MAX doors of its own                       the oldest is closed
 #            COMMANDS_MAX commands of all clients             refused
-#            command_timeout of each (nothing bounds what     killed
-#              else a permitted command does)
+#            command_timeout of each                          killed
+#   all that Tariq runs, in the service: MemoryMax and TasksMax of UNIT. Nothing else bounds what a
+#   permitted command does. Four slow seals, again and again, keep all other knocks waiting.
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same, when floods made self.seen forget it            `gate`: CLOCK_SKEW after its stamp it
-#                                                               is old; until then `dialogue`: it
-#                                                               draws a challenge, which takes k
+#   the same, when floods made self.seen forget it            `gate`, CLOCK_SKEW after its stamp;
+#                                                             until then `dialogue`
 #   the same after a restart                                  `gate`: it is from before self.began
-#   the same after a restart, of a client whose clock is      `dialogue`: it draws a challenge,
-#     ahead, in the minute after it                             which takes k
-#   the same request in new frames, by who has the secret     `dialogue`: the same
+#   the same in the minute after a restart, of a client       `dialogue`
+#     whose clock is ahead
+#   the same request in new frames, by who has the secret     `dialogue`
 #   the same request at another server                        `dialogue`: "to" is another key
-#   a client's own repeats after a restart                      that client: it answers no second
-#                                                               challenge
+#   a client's own repeats after a restart                    that client: Exchange
+# At `dialogue` each of them draws a challenge, which nobody answers who does not know k.
 #
 # Whoever sees a client's packets can make its knocks fail, by copies that come first, from another
 # address, and with the secret by fragments of his own. Whoever is on the way can drop them. None of
 # that lets anybody in. Who relays whole knocks of a client behind NAT may get in (Exchange).
 #
-# A listener that was taken over (a hole in gpg, Pillow, scapy) can: copy K; copy, change
-# and replace what is in the server's keyring, also for the next start; ask the monitor what
-# Monitor.handle says; send any packet by its packet socket, on any interface, and receive by that
-# what its filter passes; change what gpg says to the next init, check or enroll, where it runs as
-# the same user (so compare the fingerprints that keygen and enroll print); and do what any
-# unprivileged user can, with the network, too. It cannot be root, or itself change the config, a
-# rule or another user's file.
+# A listener that was taken over (a hole in gpg, Pillow, scapy) can:
+# - ask the monitor what Monitor.handle says;
+# - copy K; copy, change and replace what is in the server's keyring, also for the next start;
+# - change what gpg says to the next init, check or enroll, where it runs as the same user. (So
+#   compare the fingerprints that keygen and enroll print.)
+# - send any packet by its packet socket, on any interface; receive by it what its filter passes;
+# - do what any unprivileged user can, with the network, too.
+# It cannot be root, or itself change the config, a rule or another user's file.
 SEEN_MAX = 65_536  # nonces and ids of ended knocks that are remembered
 KNOCKS_MAX = 512  # with 10 s of repeats each: 51 a second
 UNANSWERED_MAX = 16
@@ -1105,11 +1116,11 @@ class Listener:
         self.complained = {}  # kind: when
 
     # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
-    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. (A recorded
-    # frame gets past the tag: `gate` drops it, with a log line a minute at most; but one that comes
-    # before the original is taken in its place, and goes the way of a knock, as in the tables
-    # above. At a client `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as
-    # little.) ==
+    # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. At a client
+    # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little.
+    # Exception: a recorded frame has a right tag. If it comes second, `gate` drops it, with a log
+    # line a minute at most. If it overtakes the original, it is taken for that: gpg runs, and the
+    # challenge goes to who sent the copy, and cannot answer it. ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -1225,8 +1236,8 @@ class Listener:
                 break  # else it is the knock again: its client still waits for the challenge
         knock.source = None
         self.tell(request=[knock_id.hex(), signer, command, knock.packet.sender.hex()])
-        with suppress(queue.Empty):  # its time is over
-            result = knock.result.get(timeout=self.patience + ANSWER_TIME)  # enough, mostly
+        with suppress(queue.Empty):  # the monitor is busy for longer than this
+            result = knock.result.get(timeout=self.patience + ANSWER_TIME)
             end = monotonic() + REPEAT_TIME
             while piece is not None:  # the answer; then each repeat
                 self.reply(knock, frame(reply_key, b"result", result))
@@ -1335,8 +1346,8 @@ def cmd_listener(descriptors):
 #   gpgconf                                st  make_server      keyring's owner  15 s      1 MiB
 #   this file, as the listener              s  start_listener   keyring's owner  no limit  /dev/null
 # Arguments: literal words in the call; the config's, which are the admin's; and, from others, only
-# ports (digits), addresses (as ipaddress prints them), fingerprints, {user} (a client's name, which
-# enroll checks): none of these begins with -. And E's, which can, if `forbidden` lets them.
+# ports (digits), addresses (as ipaddress prints them), fingerprints, {user} (a client's name, as
+# CLIENT has it): none of these begins with -. And E's, which can, if `forbidden` lets them.
 # No word is split or joined: {fields} are filled in after the splitting. (knock, keygen and join
 # are yours: their gpg has your environment.)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -1394,11 +1405,10 @@ def run(*words, accept=0, seconds=PROGRAM_TIME, data=b"", shown=""):
 # Without {until} and {seconds} nobody else does.
 # Two clients behind one address share its doors: the later end holds, and only the client who has
 # that closes the door. They share UNANSWERED_MAX, too.
-# Two servers on one machine need two chains, or the second does not start (take_lock; all that have
-# an open_command share a lock, so there is one of them at most). None of them should have
-# public_ports: it would drop what the other one's doors let in. Then each has doors, ports and
-# clients of its own; a listener that is taken over has the other one's keyring where both are one
-# user's. Two servers on two machines share nothing: a request names its server.
+# Two servers on one machine need two chains (take_lock refuses a second one with the same chain, or
+# a second one with an open_command), no public_ports (what one of them hides, the other's doors
+# would not open), and two users (else a listener that is taken over has both keyrings). On two
+# machines they share nothing: a request names its server.
 TIME_LIMIT = " -m time --datestop {until}"  # of a rule: the kernel itself ends it (xt_time)
 RULE_OF_A_DOOR = ("-A tariq -s {ip} -p {protocol} -m conntrack --ctstate NEW -m {protocol} "
                   "--dport {dport}" + TIME_LIMIT + " -j ACCEPT")
@@ -1496,8 +1506,8 @@ class Iptables:
             data=f"*filter\n{text}\nCOMMIT\n".encode(), shown=f": {'; '.join(shown)}{hiding}")
 
     def put_back(self, family, anew=False):
-        """Make our chains, without a door, and link them to INPUT: where INPUT lacks one of ours,
-        or anew, as at the start -> INPUT's rules then. Raises Fault."""
+        """If INPUT lacks a jump of ours, or `anew` (at the start): make chains and jumps again; all
+        doors are lost. Else change nothing. -> INPUT's rules. Raises Fault."""
         rules = self.rules(family)
         if not anew:
             if self.jumps() <= set(rules):
@@ -1532,9 +1542,9 @@ class Iptables:
         return jumps
 
     def linking_lines(self, family, rules, limit=""):
-        """What puts our jumps first in INPUT, in place of those that are there: to the doors, and
-        behind it to what drops all but the public ports. limit: words by which the kernel ends the
-        latter, during a trial. (-I puts in front: the last line is the first rule.)"""
+        """The lines that put our jumps first in INPUT, in place of those that are there. limit: the
+        words by which the kernel ends the second, during a trial. (-I puts in front: the last line
+        becomes the first rule.)"""
         lines = [rule.replace("-A", "-D", 1) for rule in self.ours(rules)]
         if self.public_ports is not None:
             public = ["-p {1} -m {1} --dport {0} -j RETURN".format(*port.split("/"))
@@ -1610,7 +1620,8 @@ class Iptables:
         query(IPTABLES[family], *WAIT, "-N", self.chain)  # where it is not there yet
         self.check_rules(family)
         for door in self.example_doors(family):
-            # Twice, as the kernel may be short of memory once.
+            # Twice, as the kernel may be short of memory once; then without the time limit, if that
+            # is the default's; and what is refused then is a Fault.
             if not self.takes(door) and not self.takes(door):
                 if family == 4 and TIME_LIMIT in self.templates[door.protocol]:
                     log("iptables refuses a rule with a time limit: no xt_time here?")
@@ -1678,6 +1689,7 @@ class Commands:
             raise Fault(CONFIG, "public_ports hides by iptables, and this config has an "
                                 "open_command: hide by its firewall, without public_ports.")
         self.templates = {"tcp": self.opening, "udp": self.opening}
+        self.public_ports = None
         self.firewall_ends_doors = "{until}" in self.opening or "{seconds}" in self.opening
 
     def prepare(self):
@@ -1754,7 +1766,7 @@ def try_hiding(config, firewall, ports):
     the trial, TCP but first SYNs: linking_lines), and drops the rest. The second bears its own end:
     after TRIAL seconds, by the wall clock, the kernel passes it by, whatever became of this
     program, the session or the network. Only after a door has let the first packet of a connection
-    in: the line public_ports in the config, and that rule without an end. (That packet shows the
+    in: that rule without an end, and the line public_ports in the config. (That packet shows the
     way in, not that a service answered.) `hide --undo` takes rule, chain and line out."""
     for family in IPTABLES:
         with suppress(Fault):  # the call of hide() below raises it
@@ -1775,8 +1787,8 @@ def try_hiding(config, firewall, ports):
             time.sleep(1)
             now = packets_in(firewall)
             if any(count > before.get(rule, 0) for rule, count in now.items()):  # one came in
-                set_public_ports(config.path, ports)
                 hide(firewall)
+                set_public_ports(config.path, ports)
                 kept = True
             before = now
     finally:
@@ -1797,7 +1809,9 @@ def hide(firewall, limit=""):
             log(f"This kernel has no IPv6: {program} has nothing to hide.")
 
 def unhide(config, firewall):
-    """Take public_ports, jumps and chains out; what is not there is no fault."""
+    """Take public_ports, jumps and chains out. That nothing is there is no fault, but where the
+    config is faulty: its chain may be another one than looked for."""
+    found = False
     try:  # the config first: else the server that runs might put the jumps back
         set_public_ports(config.path, None)
     finally:
@@ -1810,9 +1824,12 @@ def unhide(config, firewall):
                 continue  # without ip6tables nothing was hidden by it
             jumps = [rule.replace("-A", "-D", 1) for rule in rules
                      if rule.endswith(f"-j {firewall.hiding_chain}")]
+            found = found or bool(jumps)
             # The chain is made, or emptied, so that it is there to be deleted.
             firewall.transact(family, [*jumps, f":{firewall.hiding_chain} - [0:0]",
                                        f"-X {firewall.hiding_chain}"])
+    if not found:
+        Config(config.path, root=True).require("server")
 
 def listening_ports():
     """['22/tcp', ...] on which something listens, but not on loopback alone (ss(8))."""
@@ -1847,18 +1864,20 @@ def take_lock(name):
 # ---- monitor: requests in, policy, doors and commands --------------------------------------------
 # What happens              to doors                   to commands, listener    to what is hidden
 #   SIGTERM, INT, HUP       closed: `stop`             killed (--pdeathsig)     stays
-#   SIGKILL of this         as below                   killed (--pdeathsig)     stays
+#   SIGKILL of this         by the kernel (below)      killed (--pdeathsig)     stays
 #   the listener's death    closed: `stop`; exit 70,   killed (--pdeathsig)     stays
 #                           at a start also 69, 78
 #   a reboot                gone                       gone                     again, if it starts
 #   a full disk             stay (a knock writes no    stay (log lines may      stays
 #                           file)                      be lost)
-# After a SIGKILL a door with {until} or {seconds} in its rule or command is closed by the kernel at
-# its time (by the wall clock: later where that is set back); without these by the next start that
-# finds the config whole, or, if it is of an open_command, by nobody. systemd starts a server again,
-# in 5 s, whatever ended it, but for systemctl stop, 69 and 78. Connections that are there always go
-# on. A client that is taken out of the config is refused from its next request on; its doors stay
-# to their end. A flush of the firewall opens what is hidden until the next request. gpg-agent ends
+# After a SIGKILL the kernel closes a door at its time, if its rule or command says {until} or
+# {seconds} (by the wall clock: later where that is set back). The next start that finds the config
+# whole closes all that are rules of iptables. Without {until} and {seconds} it is the only one that
+# does; and what an open_command has opened stays open then. systemd starts
+# a server again, in 5 s, whatever ended it, but for systemctl stop, 69 and 78; and ends by SIGKILL
+# what does not end by SIGTERM in 90 s, as with doors whose programs hang. Connections always go on.
+# A client that is taken out of the config is refused from its next request on; its doors stay to
+# their end. A flush of the firewall opens what is hidden until the next request. gpg-agent ends
 # with the service; where the server was started by hand, when its keyring is removed.
 COMMANDS_MAX = 16  # at once
 CLOSE_AGAIN = 5  # seconds after which a door is tried to be closed again
@@ -1923,7 +1942,7 @@ class Monitor:
                 self.firewall.public_ports = config.get("public_ports", default=None)
                 for line in config.all_faults():
                     log(line)
-            except (Fault, OSError) as error:
+            except Exception as error:  # whatever it is
                 log(f"{as_fault(error)} The config from before this change holds.")
         return self.config
 
@@ -1936,7 +1955,12 @@ class Monitor:
         permitted; COMMANDS_MAX, to more commands. Raises Fault: the server ends."""
         try:
             [(kind, content)] = json.loads(data).items()
-            if kind == "request" and self.is_ready:
+            if kind == "ready":
+                if self.is_ready:
+                    raise ValueError  # a second one
+            elif kind == "request":
+                if not self.is_ready:
+                    raise ValueError
                 knock_id, signer, command, sender = content
                 knock_id, signer = bytes.fromhex(knock_id), parse("key", signer)
                 ip, command = ip_text(bytes.fromhex(sender)), command_of(command)
@@ -1947,7 +1971,7 @@ class Monitor:
             elif kind == "fault":
                 code, words = content
                 words = printable(words[:1000])
-            elif kind != "ready" or self.is_ready:  # a second one, or a request before it, too
+            else:
                 raise ValueError
         except Exception:  # whatever it is
             log("a malformed message: the listener may be taken over: stop it, look")
@@ -2113,8 +2137,9 @@ class Monitor:
         """The listener. At its first instruction it has: the ids of the keyring's owner, no group,
         no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
         root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
-        closes them). check_unprivileged ends it where a privilege is left. (-I and not -S: unlike
-        this process it needs packages.)"""
+        closes them). No keyring of root's session: this process has left that. The first that it
+        does is check_unprivileged, which ends it where an id, a group or a capability is left.
+        (-I and not -S: unlike this process it needs packages.)"""
         packets = packet_socket(self.settings["ports"])
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -2245,17 +2270,20 @@ def cmd_server(options):
 #   PROGRAM, UNIT_PATH            root's, 755, 644  init
 #   /run/tariq-CHAIN-*.lock       root's, 0600 *    server, hide, check: empty, never removed
 #   what is in ~/.config/tariq    yours, 0600       keygen, join (* gpg, its keyring in there)
+# (write_file, if killed, may leave FILE.new, of the same mode.)
 # enroll and join believe the pipe they read from: who writes to it is enrolled, or is the server;
 # so it goes by ssh. They take one public key, which is not dated in the future; join, only that of
 # the profile's server_key.
 PROFILE = ("secret_ports", "secret", "server_key")  # of a server's config, which its clients need
 PROGRAM = "/usr/local/bin/tariq.py"
 UNIT_PATH = "/etc/systemd/system/tariq.service"
-# The capabilities: the packet socket; iptables, the receive buffer; for setpriv to become the
-# keyring's owner; to end commands that became another user. Before the network is up the machine is
-# hidden, after the firewalls that flush at their start. No default dependencies, as firewalls have
-# none: sysinit.target comes after the network on some clouds' machines. No PrivateDevices: systemd
-# 252 wants room on the disk for it, and on a full one nobody would get in.
+# CAP_NET_RAW: the packet socket. NET_ADMIN: iptables, the receive buffer. SETUID, SETGID, SETPCAP:
+# for setpriv to become the keyring's owner. KILL: to end what a permitted command runs as another
+# user.
+# The machine is hidden before the network is up, but after the firewalls that flush at their start.
+# No default dependencies, as firewalls have none: sysinit.target comes after the network on some
+# clouds' machines. No PrivateDevices: systemd 252 wants room on the disk for it, and on a full one
+# nobody would get in.
 UNIT = f"""\
 [Unit]
 Description=Tariq, hidden services behind a knock
@@ -2276,7 +2304,6 @@ TasksMax=1024
 OOMScoreAdjust=-900
 LimitCORE=0
 MemoryMax=1G
-UMask=0077
 CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL
 NoNewPrivileges=yes
 ProtectSystem=strict
@@ -2317,7 +2344,7 @@ def locked_directory(path):
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all: the server may read it at any moment. Raises Fault."""
     try:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
+        with open(f"{path}.new", "w", encoding="utf-8", errors=AS_BYTES) as file:
             os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
@@ -2343,7 +2370,7 @@ def set_public_ports(path, ports):
         start = header.end()
         following = re.search(r"(?m)^[ \t]*\[", text[start:])  # the next section
         end = start + following.start() if following else len(text)
-        # With the lines in which its value goes on, which are indented more.
+        # With the lines in which its value goes on, if any: they are indented more.
         section = re.sub(r"(?mi)^([ \t]*)public_ports\s*=.*\n(\s*\1[ \t]+\S.*\n)*", "",
                          text[start:end])
         if ports is not None:
@@ -2560,7 +2587,7 @@ def cmd_enroll(options):
     if not section:
         if trouble := trouble_with(key, "S", home):
             raise Fault(BAD_DATA, f"The key of {name} {trouble}: renew it, or make another one.")
-        if f"allow {name}" in config.values or not re.fullmatch(r"(?a)\w[\w.@+-]*", name):
+        if f"allow {name}" in config.values or not re.fullmatch(CLIENT, name):
             raise Fault(BAD_DATA, f"{name} is another client's name, or cannot be one: choose one "
                                   "with --name.")
     _, status, _ = gpg(home, "--import", data=text)

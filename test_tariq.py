@@ -967,11 +967,15 @@ def test_each_fault_of_a_config_names_file_section_and_key_and_no_secret(tmp_pat
     assert f"{path}: [{section}] " in said and words in said
     assert SECRET not in said and "1,2,3,4" not in said
 
-def test_a_section_allow_without_a_name_is_a_fault_and_allows_nobody(tmp_path):
-    text = CONFIG.replace("[allow me@laptop]", "[allow]")
+@pytest.mark.parametrize("section", ["allow", "allow -x", "allow two words", "allow .", "allow é"])
+def test_a_section_allow_without_a_name_is_a_fault_and_allows_nobody(tmp_path, section):
+    """Names reach the command lines of an open_command: none may look like an option there."""
+    text = CONFIG.replace("[allow me@laptop]", f"[{section}]")
     config = tariq.Config(write_config(tmp_path / "tariq.conf", text))
-    assert config.all_faults() == [f"{config.path}: [allow] names no client: write [allow NAME]."]
-    assert not config.clients
+    assert config.all_faults() == [
+        f"{config.path}: [{section}] names no client: write [allow NAME], a word of letters and "
+        "digits, with . _ @ + - in it."]
+    assert set(config.clients.values()) <= {section}, "which has a fault: it is refused"
 
 def test_a_section_default_is_no_other_sections_default(tmp_path):
     text = CONFIG.replace("[server]", "[DEFAULT]\nopen_timeout = 1\n[server]")
@@ -2339,6 +2343,17 @@ def test_a_door_that_a_reload_has_closed_is_opened_again_though_close_command_fa
         opens(idle)
         assert os.path.isdir(shut) and "It is opened all the same." in server.log
         assert server.stop() == 0 and not os.path.exists(shut)
+
+def test_a_server_with_an_open_command_heeds_edits_of_its_config(idle):
+    commands = dict(open_command="true {ip} {dport}", close_command="true {ip} {dport}")
+    with serving(idle, **commands) as server:
+        opens(idle)
+        edit(server.conf, (f"    O {SOME_PORTS}\n", "    O 23\n"))
+        fails(idle, REFUSED, "you may not O 22/tcp", "O", "22")
+        opens(idle, "O", "23")
+        edit(server.conf, ("[server]", "[server"))
+        opens(idle, "O", "23")
+        server.wait_log("The config from before this change holds.")
 
 def test_public_ports_with_an_open_command_is_a_fault_as_nothing_would_be_hidden(idle):
     log = refused_start(idle, open_command="true {ip} {dport}", public_ports="none",
@@ -5352,6 +5367,12 @@ def test_undo_opens_for_good_whatever_became_of_the_config(bare, broken, runs):
         opens(bare, "C", "22")  # handled after that one's last step
     assert not any(jumps(bare)) and (runs or gets_in(bare) and gets_in(bare, "box6"))
 
+def test_undo_that_finds_nothing_says_so_where_the_config_may_hide_another_chain(bare):
+    edit(bare.conf, ("[server]\n", "[server]\niptables_chain = INPUT\n"))
+    done = hide(bare, "--undo")
+    line = f"tariq: {bare.conf}: [server] iptables_chain has to be a chain of its own"
+    assert done.returncode == 78 and done.stderr.splitlines()[-1].startswith(line), done
+
 def test_undo_opens_also_where_the_config_has_no_server(bare):
     hide_at_start(bare)
     bare.tariq.stop()
@@ -5393,6 +5414,17 @@ def test_keys_that_are_indented_stay_as_they_are_when_public_ports_come_and_go(t
         assert config.faults == {} and config.values["server"] == {**before, "public_ports": ports}
     tariq.set_public_ports(path, None)
     assert path.read_text().rstrip() == text.rstrip()
+
+def test_a_comment_that_is_not_utf8_stays_as_it_is_and_is_no_fault(tmp_path, kept_umask):
+    """As from an editor of another encoding: `hide --undo` has to go on with that, too."""
+    path = write_config(tmp_path / "tariq.conf", CONFIG)
+    before = path.read_bytes() + "; caf\xe9\n".encode("latin-1")
+    path.write_bytes(before)
+    tariq.set_public_ports(path, ["80/tcp"])
+    config = tariq.Config(path)
+    assert not config.faults and config.get("public_ports") == ["80/tcp"]
+    tariq.set_public_ports(path, None)
+    assert path.read_bytes() == before
 
 def test_a_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
     """Else a power cut could leave an empty one."""
