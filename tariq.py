@@ -246,7 +246,8 @@ class Config:
     on with it.
 
     What a bad edit of a server's config does:
-    - a fault in one [allow NAME]: that client is refused, and nobody else is;
+    - a fault in one [allow NAME]: that client is refused, and nobody else is (but two sections with
+      one key have both a fault);
     - a fault in [server], while the server runs: the last whole config holds, with the clients it
       had, and the log says so. (One exception: if the file has no public_ports any more, a flush of
       what hides is not repaired. See Monitor.policy.)
@@ -571,7 +572,7 @@ def extract(png):
 # ---- wire: data in, frames that look random out, and back ----------------------------------------
 TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
 HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
-FRAME_MAX = 1200  # bytes: an MTU of 1280, IPv6's least, carries it; in a SYN, with options, 1180
+FRAME_MAX = 1200  # bytes: as a datagram it fits an MTU of 1280; in a SYN, for its options, 1180 do
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 PIECE_MAX = FRAME_MAX - HEAD - 1 - ID  # bytes of a seal in a fragment
 # Bytes of a packet that may hold a frame. Least: headers of IPv4, 20, and UDP, 8; HEAD, a position,
@@ -956,7 +957,7 @@ class Client:
         addresses = " and ".join(route.address for route in routes)
         return Fault(NO_ANSWER, f"No answer from {self.host} in {seconds:g} s, at {addresses} by "
                                 f"{' and '.join(transports)}{trouble}. The server's log may say "
-                                f"why (journalctl -u tariq); it is "
+                                "why (journalctl -u tariq); it is "
                                 f"{time.strftime('%T', time.gmtime())} UTC by this clock, and a "
                                 "minute is too far off.")
 
@@ -1032,8 +1033,8 @@ def cmd_knock(options):
 #            log lines: one a knock that gpg refuses          4 slots, 15 ms: some 300 a second
 #   an enrolled client, too:
 #            REPEAT_TIME of a result                          the knock ends
-#            one request at a time, of some 50 ports; 15 s    the others wait, a result's time is
-#              for each program that iptables takes             over after patience + ANSWER_TIME
+#            one request at a time, of some 50 ports at most  the others wait; no result is sent
+#            (each port: a few programs, of 15 s at most)       after patience + ANSWER_TIME
 #            log lines: one a request, and one a rule         (no bound)
 #            DOORS_MAX doors of its own                       the oldest is closed
 #            COMMANDS_MAX commands of all clients             refused
@@ -1043,15 +1044,17 @@ def cmd_knock(options):
 #
 # Replays                                                     fail at
 #   the same packet again                                     `gate`: its nonce is in self.seen
-#   the same, when floods made self.seen forget it            `gate`, CLOCK_SKEW after its stamp;
-#                                                             until then `dialogue`
-#   the same after a restart                                  `gate`: it is from before self.began
-#   the same in the minute after a restart, of a client       `dialogue`
-#     whose clock is ahead
-#   the same request in new frames, by who has the secret     `dialogue`
+#   the same packet, when floods made self.seen forget it     `gate`, CLOCK_SKEW after its stamp;
+#                                                             until then its challenge
+#   the same packet after a restart                           `gate`: it is from before self.began
+#   the same packet in the minute after a restart, of a       its challenge
+#     client whose clock is ahead
+#   the same request in new frames, by who has the secret     `collect`, while its id is known; then
+#                                                             `unseal`, after SIGNED_WITHIN; else
+#                                                             its challenge
 #   the same request at another server                        `dialogue`: "to" is another key
 #   a client's own repeats after a restart                    that client: Exchange
-# At `dialogue` each of them draws a challenge, which nobody answers who does not know k.
+# Its challenge: it draws one, which nobody answers who does not know k.
 #
 # Whoever sees a client's packets can make its knocks fail, by copies that come first, from another
 # address, and with the secret by fragments of his own. Whoever is on the way can drop them. None of
@@ -1120,7 +1123,7 @@ class Listener:
     # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little.
     # Exception: a recorded frame has a right tag. If it comes second, `gate` drops it, with a log
     # line a minute at most. If it overtakes the original, it is taken for that: gpg runs, and the
-    # challenge goes to who sent the copy, and cannot answer it. ==
+    # challenge goes to who sent the copy, and cannot answer it; that is a log line, too. ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -1136,8 +1139,8 @@ class Listener:
         # == to here. Who made it has the secret; who it is, gpg will say. ==
         stamp, position, knock_id, piece = opened
         sent, now, nonce = stamp / 1000, time.time(), packet.payload[TAG:TAG + NONCE]
-        # What is from before the start is refused, as its nonces are unknown. Not if the clock was
-        # set back to before the start: that would refuse everything, for as long.
+        # What is from before the start is refused, as its nonces are unknown. If the clock was set
+        # back to before the start, that would refuse everything until it is there again.
         clock_went_back = now < self.began
         old = sent <= self.began and not clock_went_back
         if old or abs(now - sent) > CLOCK_SKEW:
@@ -1364,7 +1367,8 @@ def need_root():
 def launch(words, seconds, before=(), data=b""):
     """Start a program, by `before`; after `seconds` timeout(1) kills it and its group. `data`, of
     less than a pipe's 64 KiB, is its stdin."""
-    # -k: when this server dies, timeout gets TERM (--pdeathsig), passes it on, and kills 1 s later.
+    # -k is for E: when this server dies, timeout gets TERM (by the setpriv --pdeathsig of
+    # `execute`), passes it on, and kills 1 s later.
     process = Popen([*before, "timeout", "-k", "1", "-s", "KILL", str(seconds), *words], cwd="/",
                     stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True)
     with suppress(OSError), process.stdin as pipe:
@@ -1400,9 +1404,10 @@ def run(*words, accept=0, seconds=PROGRAM_TIME, data=b"", shown=""):
 
 # ---- doors: what opens and closes ports, and what hides all others -------------------------------
 # A door ends open_timeout after it was opened. The kernel ends it, whoever is dead, where the rule
-# says {until} (xt_time) or the command {seconds} (nft's timeout): Door.until, by the wall clock.
-# `close_ended` ends it, too, while the server runs: Door.deadline, by a clock that nobody sets.
-# Without {until} and {seconds} nobody else does.
+# says {until} (xt_time; made of Door.until, by the wall clock) or the command {seconds} (nft's
+# timeout; what is left until Door.deadline, by a clock that nobody sets). `close_ended` ends it,
+# too, at Door.deadline, while the server runs. Without {until} and {seconds} nobody else does; and
+# where the kernel has no xt_time the server takes {until} out of the default's rule, and says so.
 # Two clients behind one address share its doors: the later end holds, and only the client who has
 # that closes the door. They share UNANSWERED_MAX, too.
 # Two servers on one machine need two chains (take_lock refuses a second one with the same chain, or
@@ -1870,15 +1875,16 @@ def take_lock(name):
 #   a reboot                gone                       gone                     again, if it starts
 #   a full disk             stay (a knock writes no    stay (log lines may      stays
 #                           file)                      be lost)
-# After a SIGKILL the kernel closes a door at its time, if its rule or command says {until} or
-# {seconds} (by the wall clock: later where that is set back). The next start that finds the config
-# whole closes all that are rules of iptables. Without {until} and {seconds} it is the only one that
-# does; and what an open_command has opened stays open then. systemd starts
-# a server again, in 5 s, whatever ended it, but for systemctl stop, 69 and 78; and ends by SIGKILL
-# what does not end by SIGTERM in 90 s, as with doors whose programs hang. Connections always go on.
-# A client that is taken out of the config is refused from its next request on; its doors stay to
-# their end. A flush of the firewall opens what is hidden until the next request. gpg-agent ends
-# with the service; where the server was started by hand, when its keyring is removed.
+# After a SIGKILL a door with {until} in its rule, or {until} or {seconds} in its command, ends at
+# its time (xt_time goes by the wall clock: later where that is set back). A rule without {until}
+# stays until the next start that finds the config whole, which empties the chain of doors. What a
+# command without either has opened stays until somebody closes it by hand.
+# systemd starts a server again, in 5 s, whatever ended it, but for systemctl stop, 69 and 78; and
+# ends by SIGKILL what does not end by SIGTERM in 90 s, as with doors whose programs hang.
+# Connections always go on. A client that is taken out of the config is refused from its next
+# request on; its doors stay to their end. A flush of the firewall opens what is hidden until the
+# next request. gpg-agent ends with the service; where the server was started by hand, when its
+# keyring is removed.
 COMMANDS_MAX = 16  # at once
 CLOSE_AGAIN = 5  # seconds after which a door is tried to be closed again
 DOORS_MAX = 100  # of a client, from all its addresses
@@ -2137,9 +2143,10 @@ class Monitor:
         """The listener. At its first instruction it has: the ids of the keyring's owner, no group,
         no capability, no way to get one (setpriv: as_owner); HOME=/; this file as stdin, which only
         root need read; stdout and stderr /dev/null; two sockets, and no other descriptor (Popen
-        closes them). No keyring of root's session: this process has left that. The first that it
-        does is check_unprivileged, which ends it where an id, a group or a capability is left.
-        (-I and not -S: unlike this process it needs packages.)"""
+        closes them). K waits in the second. No keyring of root's session: this process has left
+        that (where there is libkeyutils). Behind its imports the first that it does is
+        check_unprivileged, which ends it where an id, a group or a capability is left, or
+        no_new_privs is not set. (-I and not -S: unlike this process it needs packages.)"""
         packets = packet_socket(self.settings["ports"])
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.send(json.dumps(self.settings).encode())  # waits in the channel
@@ -2458,7 +2465,7 @@ def cmd_init(options):
         run("systemctl", "restart", "tariq", seconds=120)
         log(f"The server runs, by tariq.py {VERSION}.")
     if not config.clients:
-        log(f"Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
+        log("Nothing is hidden yet. Next, on a client: tariq.py keygen YOU@LAPTOP | "
             f'ssh root@{name} tariq.py enroll --allow "O 22" | tariq.py join {name}')
 
 SAVED_RULES = ("/etc/iptables/rules.v4", "/etc/iptables/rules.v6", "/etc/nftables.conf")
