@@ -572,7 +572,7 @@ def extract(png):
 # ---- wire: data in, frames that look random out, and back ----------------------------------------
 TAG, NONCE, STAMP, ID = 16, 12, 6, 12  # bytes; the stamp counts milliseconds since 1970
 HEAD = TAG + NONCE + STAMP  # bytes of a frame before its data
-FRAME_MAX = 1200  # bytes: as a datagram it fits an MTU of 1280; in a SYN, for its options, 1180 do
+FRAME_MAX = 1200  # bytes: as a datagram they fit IPv6's least MTU, 1280; a SYN has room for 1180
 TEXT_MAX = FRAME_MAX - HEAD - 2  # bytes of text in a result
 PIECE_MAX = FRAME_MAX - HEAD - 1 - ID  # bytes of a seal in a fragment
 # Bytes of a packet that may hold a frame. Least: headers of IPv4, 20, and UDP, 8; HEAD, a position,
@@ -838,14 +838,14 @@ class Exchange:
         """Prove that we have k, unless the server sees somebody between us. Raises Fault."""
         own, seen, wanted = self.route.own, challenge.seen, self.client.address
         if wanted == "any":
-            right = True
+            expected = seen
         # `address` counts if it is of the family that either end sees (by NAT64 they differ).
         elif wanted and (same_family(wanted, own) or same_family(wanted, seen)):
-            right = seen == wanted
+            expected = wanted
         else:  # of a private address NAT shows another
-            right = seen == own or not is_public(own)
-        if not right:
-            raise Fault(RELAYED, f"The server sees {seen}, and this machine is {wanted or own}: "
+            expected = own if is_public(own) else seen
+        if seen != expected:
+            raise Fault(RELAYED, f"The server sees {seen}, and this machine is {expected}: "
                                  "nothing was opened. If that is your NAT, knock with --address "
                                  f"{seen}; if it is not, somebody relays your knock.")
         proof = proof_of(self.reply_key, challenge.nonce)
@@ -1042,7 +1042,8 @@ def cmd_knock(options):
 #   all that Tariq runs, in the service: MemoryMax and TasksMax of UNIT. Nothing else bounds what a
 #   permitted command does. Four slow seals, again and again, keep all other knocks waiting.
 #
-# Replays                                                     fail at
+# Replays                                                     fail at (its challenge: it draws one,
+#                                                             which takes k to be answered)
 #   the same packet again                                     `gate`: its nonce is in self.seen
 #   the same packet, when floods made self.seen forget it     `gate`, CLOCK_SKEW after its stamp;
 #                                                             until then its challenge
@@ -1054,7 +1055,6 @@ def cmd_knock(options):
 #                                                             its challenge
 #   the same request at another server                        `dialogue`: "to" is another key
 #   a client's own repeats after a restart                    that client: Exchange
-# Its challenge: it draws one, which nobody answers who does not know k.
 #
 # Whoever sees a client's packets can make its knocks fail, by copies that come first, from another
 # address, and with the secret by fragments of his own. Whoever is on the way can drop them. None of
@@ -1868,7 +1868,8 @@ def take_lock(name):
 
 # ---- monitor: requests in, policy, doors and commands --------------------------------------------
 # What happens              to doors                   to commands, listener    to what is hidden
-#   SIGTERM, INT, HUP       closed: `stop`             killed (--pdeathsig)     stays
+#   SIGTERM, INT, HUP       closed: `stop` empties     killed (--pdeathsig)     stays
+#                           the chain, which stays
 #   SIGKILL of this         by the kernel (below)      killed (--pdeathsig)     stays
 #   the listener's death    closed: `stop`; exit 70,   killed (--pdeathsig)     stays
 #                           at a start also 69, 78
