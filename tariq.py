@@ -1033,8 +1033,9 @@ def cmd_knock(options):
 #            log lines: one a knock that gpg refuses          4 slots, 15 ms: some 300 a second
 #   an enrolled client, too:
 #            REPEAT_TIME of a result                          the knock ends
-#            one request at a time, of some 50 ports at most  the others wait; no result is sent
-#            (each port: a few programs, of 15 s at most)       after patience + ANSWER_TIME
+#            one request at a time, of all clients together;  the others wait; no result is sent
+#            it has some 50 ports at most, each of which may    after patience + ANSWER_TIME
+#            take a few programs of 15 s
 #            log lines: one a request, and one a rule         (no bound)
 #            DOORS_MAX doors of its own                       the oldest is closed
 #            COMMANDS_MAX commands of all clients             refused
@@ -1049,7 +1050,8 @@ def cmd_knock(options):
 #                                                             until then its challenge
 #   the same packet after a restart                           `gate`: it is from before self.began
 #   the same packet in the minute after a restart, of a       its challenge
-#     client whose clock is ahead
+#     client whose clock is ahead; or when the server's
+#     clock was set back to before the start
 #   the same request in new frames, by who has the secret     `collect`, while its id is known; then
 #                                                             `unseal`, after SIGNED_WITHIN; else
 #                                                             its challenge
@@ -1121,9 +1123,10 @@ class Listener:
     # == Bytes that anybody may have sent: from here, through `split`, `read_knock`, `unframe` and
     # `keyed`. They take a buffer and a hash; they keep, log, send and start nothing. At a client
     # `payloads`, `Crafted.recv`, `read_result` and `read_challenge` do as little.
-    # Exception: a recorded frame has a right tag. If it comes second, `gate` drops it, with a log
-    # line a minute at most. If it overtakes the original, it is taken for that: gpg runs, and the
-    # challenge goes to who sent the copy, and cannot answer it; that is a log line, too. ==
+    # Exception: a recorded frame has a right tag. If it comes second, `gate` drops it: in silence,
+    # or, if it is old, with a log line a minute at most. If it overtakes the original, it is taken
+    # for that: gpg runs, and the challenge goes to who sent the copy, and cannot answer it; that is
+    # a log line, too. ==
     def receive(self):
         while True:
             if passed := self.gate(*self.sock.recvfrom(2048)):
@@ -2696,6 +2699,8 @@ def parser_of(name):
     return parser
 
 def seconds(text):
+    """What -t takes: a number of seconds above 0. Raises ValueError, from which argparse makes
+    "invalid seconds value": it takes this function's name."""
     if not 0 < float(text) < 1e6:
         raise ValueError
     return float(text)
